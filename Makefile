@@ -1,0 +1,105 @@
+# `make` lists the verbs. Each sets up what it needs and nothing twice; nothing outside this directory is changed.
+PYTHON ?= python3
+VENV   ?= .venv
+# For machines without a torch; a torch of 2.10 or newer that $(PYTHON) has is kept, and so are its triton and torchvision.
+TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+TIMM   ?= timm==1.0.31
+RESULTS ?= build/bench
+OUT    ?= build/gpu
+ARGS   ?=
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: help build lint test bench plot readme gpu clean
+
+py      := $(VENV)/bin/python
+pip     := $(py) -m pip install -q --disable-pip-version-check
+sources := $(shell find csrc -type f 2>/dev/null)
+
+has_torch := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+has       = $(py) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("$(1)") is None)'
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: $(VENV)/.built ## the environment, the package and its C++ extension
+
+lint: $(VENV)/.installed ## ruff, mypy, clang-format
+	$(py) -m ruff check .
+	$(py) -m ruff format --check .
+	$(py) -m mypy
+	PATH="$(VENV)/bin:$$PATH" clang-format --dry-run -Werror $(filter %.h %.cpp %.cuh %.cu,$(sources))
+
+test: $(VENV)/.built ## every test (ARGS="-k attention" for some)
+	$(py) -m pytest $(ARGS)
+
+bench: $(VENV)/.built ## ViT-B/16 on two photographs: table, CSV and chart in RESULTS=build/bench
+	$(py) -m fastvit bench --model vit_base_patch16_224 --batch 1,8 --dtype float32 --csv $(RESULTS)/rows.csv --plot $(RESULTS)/rows.png $(ARGS)
+	@echo "rows in $(RESULTS)/rows.csv, chart in $(RESULTS)/rows.png"
+
+plot: $(VENV)/.installed ## draw the rows in RESULTS=build/bench again
+	$(py) -m fastvit.benchmarks.plot $(RESULTS)/rows.csv -o $(RESULTS)/rows.png
+
+readme: $(VENV)/.installed ## write the README's result table from benchmarks/results/
+	$(py) -m fastvit.benchmarks.readme
+
+gpu: ## check and measure on the GPU with the system's python as it is; results in OUT=build/gpu
+	mkdir -p "$(OUT)" && PYTHON="$(PYTHON)" OUT="$(abspath $(OUT))" bash benchmarks/gpu.sh $(ARGS)
+
+clean: ## remove everything built; the environment stays
+	rm -rf build dist *.egg-info fastvit/*.so .mypy_cache .pytest_cache .ruff_cache
+	rm -f $(VENV)/.built
+
+# The environment. --system-site-packages shows it the torch that is there; the .pth file does so where $(PYTHON) lives
+# in an environment of its own. Debian's python3 comes without ensurepip: virtualenv and pip --python are ways round.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fastvit needs Python 3.10 or newer: make PYTHON=python3.12"; exit 1; }
+	@set -u; site=; where=; \
+	if where=$$($(PYTHON) -W ignore -c '$(has_torch); print(torch.__path__[0])' 2>/dev/null); then \
+	  echo "keeping the torch in $$where"; site=--system-site-packages; fi; \
+	$(py) -m pip --version >/dev/null 2>&1 || { echo "making $(VENV)"; \
+	  $(PYTHON) -m venv $$site $(VENV) >/dev/null 2>&1 \
+	  || $(PYTHON) -m virtualenv -q $$site $(VENV) 2>/dev/null \
+	  || { $(PYTHON) -m venv --without-pip $$site $(VENV) && $(PYTHON) -m pip -q --python $(py) install pip; } 2>/dev/null \
+	  || { echo "$(PYTHON) cannot make a virtual environment: apt-get install python3-venv"; exit 1; }; }; \
+	test -z "$$where" || $(py) -c 'import torch' 2>/dev/null \
+	  || dirname "$$where" >"$$($(py) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kept_torch.pth"
+	@touch $@
+
+# torch and what depends on one exact torch, with --no-deps so that none of them brings another; then all of them pinned.
+$(VENV)/.torch: $(VENV)/.created
+	@echo "installing torch and what it runs with, unless they are there"
+	@$(pip) 'setuptools>=70' wheel
+	@$(py) -W ignore -c '$(has_torch)' 2>/dev/null || $(pip) '$(TORCH)'
+	@test "$$(uname -s)" != Linux || $(call has,triton) || $(pip) --no-deps '$(TRITON)'
+	@$(call has,torchvision) || $(pip) --no-deps "torchvision==0.$$($(py) -W ignore -c 'import torch; print(15 + int(torch.__version__.split(".")[1]))').*"
+	@$(call has,timm) || $(pip) --no-deps '$(TIMM)'
+	@$(py) -c "$$write_constraints" >$(VENV)/constraints.txt
+	@touch $@
+
+define write_constraints
+from importlib.metadata import PackageNotFoundError, version
+for name in ("torch", "triton", "pytorch-triton", "torchvision"):
+    try:
+        print(f"{name}=={version(name)}")
+        if name.endswith("triton") and version(name).startswith(("3.4", "3.5", "3.6")):
+            print("numpy<2.4  # what its interpreter understands")
+    except PackageNotFoundError:
+        pass
+endef
+export write_constraints
+
+$(VENV)/.installed: pyproject.toml setup.py $(VENV)/.torch
+	@echo "installing fastvit and its tools"
+	@FASTVIT_BUILD=none $(pip) -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# Without a compiler or Python's headers fastvit is pure Python: that is said, and is no error. A failed compilation is one.
+$(VENV)/.built: $(VENV)/.installed $(sources)
+	@if [ "$$FASTVIT_BUILD" = none ]; then echo "FASTVIT_BUILD=none: no extension, so no cpu and cuda backends"; \
+	elif ! command -v $${CXX:-c++} >/dev/null; then echo "no C++ compiler: pure-Python install, the cpu and cuda backends stay off (apt-get install g++)"; \
+	elif ! $(py) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'; then \
+	  echo "no Python.h: pure-Python install, the cpu and cuda backends stay off (apt-get install python3-dev)"; \
+	else echo "building the extension"; $(py) setup.py -q build_ext --inplace; fi
+	@touch $@

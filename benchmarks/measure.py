@@ -1,0 +1,222 @@
+"""Fair timing: every provider once per round, in rotating order, medians over rounds; and the memory one call adds."""
+
+import contextlib
+import ctypes
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+WARMUP_ROUNDS = 2
+BUDGET_S = 20.0  # timed seconds per case when the number of rounds is left open
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do the work.
+
+    run does it once; scope is entered around warm-up and timing but outside the clock, such as `fastvit.backend(name)`.
+    """
+
+    name: str
+    run: Callable[[], torch.Tensor]
+    scope: Callable[[], AbstractContextManager] = contextlib.nullcontext
+
+
+@dataclass
+class Timing:
+    """Seconds per call, one for each round."""
+
+    samples: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return quantile(self.samples, 0.5)
+
+    @property
+    def p20(self) -> float:
+        return quantile(self.samples, 0.2)
+
+    @property
+    def p80(self) -> float:
+        return quantile(self.samples, 0.8)
+
+
+def quantile(samples: Iterable[float], share: float) -> float:
+    """The `share` quantile, linear between neighbours; the median for 0.5.
+
+    Raises:
+        ValueError: there are no samples.
+    """
+    ordered = sorted(samples)
+    if not ordered:
+        raise ValueError("quantile: no samples")
+    position = share * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """A function that runs a call and returns its seconds: CUDA events on a GPU, the monotonic clock elsewhere.
+
+    On a GPU the queue is empty when the first event is recorded, so launch overhead counts as it does for a user.
+    """
+    if device.type != "cuda":
+        return _time_on_cpu
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def time_on_cuda(call: Callable[[], object]) -> float:
+        torch.cuda.synchronize(device)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3
+
+    return time_on_cuda
+
+
+def _time_on_cpu(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def interleave(
+    providers: Sequence[Provider],
+    clock: Callable[[Callable[[], object]], float],
+    repeats: int | None = None,
+    warmup: int = WARMUP_ROUNDS,
+    on_round: Callable[[int, int], None] = lambda done, rounds: None,
+    between: Callable[[], object] = lambda: None,
+) -> dict[str, Timing]:
+    """Time providers against each other.
+
+    Whatever disturbs the machine for a while disturbs all of them alike. The order rotates by one from round to round
+    and every other round runs backwards, so that nobody is always first, or always after the same neighbour.
+
+    Args:
+        providers: what to time.
+        clock: runs a call and returns its seconds.
+        repeats: rounds to time; None takes as many as fit in `BUDGET_S`, within `MIN_ROUNDS` and `MAX_ROUNDS`.
+        warmup: rounds that are run first and not kept.
+        on_round: told (rounds done, rounds in all) after each round, warm-up included.
+        between: runs after each timed round, such as the measurement of a ceiling.
+    """
+    timings = {provider.name: Timing() for provider in providers}
+    last_round = 0.0
+    for turn in range(warmup):
+        last_round = sum(_one_round(providers, clock, turn).values())
+        on_round(turn + 1, warmup + (repeats or MIN_ROUNDS))
+    if repeats is None:
+        fitting = int(BUDGET_S / last_round) if last_round > 0 else MIN_ROUNDS
+        repeats = max(MIN_ROUNDS, min(fitting, MAX_ROUNDS))
+    for turn in range(repeats):
+        for name, seconds in _one_round(providers, clock, turn).items():
+            timings[name].samples.append(seconds)
+        between()
+        on_round(warmup + turn + 1, warmup + repeats)
+    return timings
+
+
+def _one_round(
+    providers: Sequence[Provider], clock: Callable[[Callable[[], object]], float], turn: int
+) -> dict[str, float]:
+    seconds = {}
+    for provider in _order(providers, turn):
+        with provider.scope():
+            seconds[provider.name] = clock(provider.run)
+    return seconds
+
+
+def _order(providers: Sequence[Provider], turn: int) -> list[Provider]:
+    first = turn % len(providers) if providers else 0
+    rotated = [*providers[first:], *providers[:first]]
+    return rotated[::-1] if turn % 2 else rotated
+
+
+def peak_mib(provider: Provider, device: torch.device) -> float | None:
+    """MiB that one call adds, at its highest, to what was held before it; weights and inputs are held before.
+
+    On a GPU the caching allocator tells, on Linux the resident set's high-water mark; elsewhere None.
+    """
+    with provider.scope():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            provider.run()
+            torch.cuda.synchronize(device)
+            return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        if not _reset_high_water_mark():
+            return None
+        before_kib = _status_kib("VmRSS")
+        provider.run()
+        after_kib = _status_kib("VmHWM")
+        return None if before_kib is None or after_kib is None else max(after_kib - before_kib, 0) / 1024
+
+
+def _reset_high_water_mark() -> bool:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed pages resident, which would hide their next use
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status_kib(field_name: str) -> int | None:
+    try:
+        found = re.search(rf"^{field_name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) if found else None
+
+
+class Ceiling:
+    """What this machine reaches right now: the rate of a large matrix product and of a large copy.
+
+    `sample()` between the rounds of `interleave` puts the ceilings under the same load as the work they judge. Random
+    data: on a GPU zeros draw less power and run faster than any real work.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        side, copy_mib = (8192, 2048) if device.type == "cuda" else (1536, 256)
+        self._clock = stopwatch(device)
+        self._left, self._right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        if device.type == "cpu" and not self._has_fast_product():
+            self._left, self._right = self._left[:256, :256], self._right[:256, :256]
+        self._source = torch.ones(copy_mib * 2**20, dtype=torch.uint8, device=device)
+        self._target = self._source.clone()
+        self._products, self._copies = Timing(), Timing()
+        self.sample()
+        self._products.samples.clear()
+        self._copies.samples.clear()
+
+    def _has_fast_product(self) -> bool:
+        """Whether 256 x 256 takes under 10 ms: some dtypes, fp16 on most CPUs, are a hundred times slower."""
+        left, right = self._left[:256, :256], self._right[:256, :256]
+        return min(self._clock(lambda: torch.mm(left, right)) for _ in range(3)) < 0.01
+
+    def sample(self) -> None:
+        """Measure both once."""
+        self._products.samples.append(self._clock(lambda: torch.mm(self._left, self._right)))
+        self._copies.samples.append(self._clock(lambda: self._target.copy_(self._source)))
+
+    @property
+    def gflops(self) -> float:
+        """GFLOP/s of the matrix product, median."""
+        return 2 * self._left.shape[0] ** 3 / self._products.median / 1e9
+
+    @property
+    def gbs(self) -> float:
+        """GB/s of the copy, read and write counted, median."""
+        return 2 * self._source.numel() / self._copies.median / 1e9

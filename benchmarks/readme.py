@@ -1,0 +1,73 @@
+"""Write the README's result table from the committed rows: `python -m fastvit.benchmarks.readme [--check]`."""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from . import rows as rows_module, table
+
+ROOT = Path(__file__).resolve().parent.parent
+SECTION = re.compile(r"(<!-- bench:begin -->\n).*?(<!-- bench:end -->)", re.DOTALL)
+
+Row = Mapping[str, object]
+
+
+def section(rows: Iterable[Row]) -> str:
+    """The Markdown between the markers: one table per device, with what it was measured with below."""
+    devices: dict[str, list[Row]] = {}
+    for row in rows:
+        devices.setdefault(str(row["device"]), []).append(row)
+    if not devices:
+        return "No rows are committed yet; `make bench` measures your machine.\n"
+    return "\n".join(_of_device(device, group) for device, group in sorted(devices.items()))
+
+
+def render(readme: str, rows: Iterable[Row]) -> str:
+    """The README with its result section replaced.
+
+    Raises:
+        ValueError: there is not exactly one section.
+    """
+    text, found = SECTION.subn(lambda match: match[1] + section(rows) + match[2], readme)
+    if found != 1:
+        raise ValueError(f"README.md: expected one section from bench:begin to bench:end, found {found}")
+    return text
+
+
+def committed_rows(folder: Path = ROOT / "benchmarks" / "results") -> list[dict[str, str]]:
+    """Every row of the CSV files in a folder, file by file."""
+    return [row for path in sorted(folder.glob("*.csv")) for row in rows_module.read(path)]
+
+
+def _of_device(device: str, rows: Sequence[Row]) -> str:
+    lines = [_line(["case", "provider", *(title for title, _ in table.COLUMNS)])]
+    lines.append(_line(["---", "---", *("---:" for _ in table.COLUMNS)]))
+    for title, group in table.cases_of(rows):
+        lines += [_line([title, str(row["provider"]), *(cell(row) for _, cell in table.COLUMNS)]) for row in group]
+    return "\n".join([f"**{device}**", "", *lines, "", table.LEGEND, *table.footnotes(rows, {}), ""])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite README.md, or with --check only say whether it is up to date."""
+    parser = argparse.ArgumentParser(prog="python -m fastvit.benchmarks.readme", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if rows and table differ")
+    given = parser.parse_args(arguments)
+    path = ROOT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = render(before, committed_rows())
+    if given.check and after != before:
+        print("README.md: the result table is not what benchmarks/results/ says: run `make readme`", file=sys.stderr)
+        return 1
+    if after != before:
+        path.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Benchmark rows: a tidy CSV with a unique key, appended to or replaced by key, never left half-written."""
+
+import csv
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+KEY = ("case", "shape", "dtype", "direction", "provider", "device")
+COLUMNS = (
+    *KEY,
+    "status",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "repeats",
+    "images_per_s",
+    "gflops",
+    "ratio",
+    "max_error",
+    "error_ratio",
+    "top1_agreement",
+    "peak_mib",
+    "flops",
+    "bytes",
+    "ceiling_gflops",
+    "ceiling_gbs",
+    "ceiling_share",
+    "eager",
+    "images",
+    "note",
+    "date",
+    "threads",
+    "fastvit",
+    "torch",
+    "triton",
+    "timm",
+    "python",
+    "commit",
+)
+
+Row = Mapping[str, object]
+
+
+class RowError(ValueError):
+    """The file is no table of benchmark rows."""
+
+
+def key(row: Row) -> tuple[str, ...]:
+    """The values that make a row unique."""
+    return tuple(_cell(row[column]) for column in KEY)
+
+
+def read(path: str | Path) -> list[dict[str, str]]:
+    """Read the rows of a CSV file; a file that does not exist has none.
+
+    Raises:
+        RowError: it exists and lacks one of the key columns, or is no text.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, restkey="_surplus")
+            names = reader.fieldnames or []
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RowError(f"{path}: no CSV table of benchmark rows ({error})") from None
+    missing = [column for column in KEY if column not in names]
+    if missing and (names or rows):
+        raise RowError(f"{path}: no table of benchmark rows, its header lacks {', '.join(missing)}")
+    for number, row in enumerate(rows, start=2):
+        if "_surplus" in row or None in row.values():
+            raise RowError(f"{path}: row {number} has another number of cells than the header")
+    return rows
+
+
+def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """Replace rows of equal key in place and append the others, in order."""
+    merged = {key(row): row for row in old}
+    merged.update({key(row): row for row in new})
+    return list(merged.values())
+
+
+def write(path: str | Path, new: Iterable[Row]) -> int:
+    """Merge rows into a CSV file and return how many it then holds.
+
+    The table is written beside the file and renamed over it: a reader, or a run that is interrupted, sees the old
+    table or the new one. Columns this version does not know are kept.
+
+    Raises:
+        RowError: the file exists and is no table of benchmark rows.
+        OSError: the folder cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = merge(read(path), new)
+    foreign = dict.fromkeys(column for row in rows for column in row if column not in COLUMNS)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, (*COLUMNS, *foreign), restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({column: _cell(value) for column, value in row.items()} for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return len(rows)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)

@@ -1,0 +1,57 @@
+// Python.h first, as it demands.
+#include <pybind11/pybind11.h>
+
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/isa.h"
+
+
+STABLE_TORCH_LIBRARY(fastvit_native, m) {
+  m.def(
+      "layer_norm(Tensor x, Tensor? residual, Tensor? layer_scale, Tensor? weight, Tensor? bias, float eps) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale, Tensor? residual, str activation, "
+      "bool keep_preact) -> (Tensor, Tensor)");
+  m.def(
+      "norm_mlp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, Tensor? fc1_bias, "
+      "Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale, float eps, str activation, bool residual, bool keep) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "patch_embed(Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, "
+      "Tensor? pixel_scale, Tensor? pixel_shift) -> Tensor");
+  // Chooses the CPU kernels' instruction set ("" = the best, "current" = ask only) and answers its name.
+  m.def("cpu_isa(str name) -> str");
+}
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["version"] = FASTVIT_VERSION;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["torch_target"] = pybind11::make_tuple(TORCH_FEATURE_VERSION >> 56, (TORCH_FEATURE_VERSION >> 48) & 0xff);
+  pybind11::list compiled;
+  for (int isa = 0; isa <= static_cast<int>(fastvit::best_compiled_isa()); isa++)
+    compiled.append(fastvit::name_of(static_cast<fastvit::Isa>(isa)));
+  info["cpu_compiled"] = compiled;
+  info["cpu_detected"] = fastvit::name_of(fastvit::detected_isa());
+  info["cpu_active"] = fastvit::name_of(fastvit::active_isa());
+  // Empty in a build without CUDA.
+  info["cuda_architectures"] = pybind11::str(FASTVIT_CUDA).attr("split")();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled kernels of fastvit; the operators are in torch.ops.fastvit_native.";
+  module.def("build_info", &build_info);
+}

@@ -1,0 +1,62 @@
+#pragma once
+
+// The inner functions that several CPU ops share. Each runs on the instruction set of active_isa().
+
+#include <cstdint>
+
+#include "common/activation.h"
+#include "common/dtype.h"
+
+namespace fastvit {
+
+// y = LN(z) with z = x, or z = residual + layer_scale * x rounded to T and written to z.
+template <class T>
+struct LayerNormArgs {
+  using A = accumulator_t<T>;
+  const T* x = nullptr;
+  int64_t x_stride = 0;
+  const T* residual = nullptr;
+  int64_t residual_stride = 0;
+  const T* layer_scale = nullptr;
+  const T* weight = nullptr;
+  const T* bias = nullptr;
+  int64_t width = 0;
+  double eps = 0;
+  T* y = nullptr;
+  int64_t y_stride = 0;
+  T* z = nullptr;     // contiguous rows
+  A* mean = nullptr;  // may be null, as rstd
+  A* rstd = nullptr;
+};
+
+template <class T>
+void layer_norm_rows(const LayerNormArgs<T>& args, int64_t begin, int64_t end);
+
+// y = residual + layer_scale * activation(preact), preact = x weight^T + bias; x (M, K), weight (N, K).
+// Row r of the product is row r + (r / group + 1) * gap of y, and row r % residual_period of residual, which lets the
+// patches of an image skip its prefix tokens and share one table of positions.
+template <class T>
+struct GemmArgs {
+  const T* x = nullptr;
+  int64_t x_stride = 0;
+  const T* weight = nullptr;
+  int64_t weight_stride = 0;
+  int64_t m = 0, n = 0, k = 0;
+  const T* bias = nullptr;
+  const T* layer_scale = nullptr;
+  const T* residual = nullptr;
+  int64_t residual_stride = 0;
+  int64_t residual_period = INT64_MAX;
+  Activation activation = Activation::none;
+  T* preact = nullptr;
+  int64_t preact_stride = 0;
+  T* y = nullptr;
+  int64_t y_stride = 0;
+  int64_t group = INT64_MAX;
+  int64_t gap = 0;
+};
+
+template <class T>
+void gemm(const GemmArgs<T>& args);
+
+}  // namespace fastvit

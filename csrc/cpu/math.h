@@ -1,0 +1,90 @@
+// exp and the activations on vectors. Included inside the namespace of an instruction set, after simd.h.
+
+// Cephes' expf: argument reduction in two parts, degree 7, about one unit in the last place. Denormal results are kept.
+FASTVIT_INLINE Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  x = x > 89.0f ? V{} + 89.0f : x;
+  x = x < -105.0f ? V{} - 105.0f : x;
+  V rounder = V{} + 12582912.0f;
+  V shifted = fma(x, V{} + 1.44269504088896341f, rounder);
+  V n = shifted - rounder;
+  V r = fma(n, V{} - 0.693359375f, x);
+  r = fma(n, V{} + 2.12194440e-4f, r);
+  V p = V{} + 1.9875691500e-4f;
+  p = fma(p, r, V{} + 1.3981999507e-3f);
+  p = fma(p, r, V{} + 8.3334519073e-3f);
+  p = fma(p, r, V{} + 4.1665795894e-2f);
+  p = fma(p, r, V{} + 1.6666665459e-1f);
+  p = fma(p, r, V{} + 5.0000001201e-1f);
+  p = fma(p, r * r, r + 1.0f);
+#if FASTVIT_ISA >= FASTVIT_ISA_AVX512
+  return _mm512_scalef_ps(p, n);
+#else
+  // 2^n in two halves: n reaches -151 and +128, beyond the exponents of a float.
+  VecI exponent = bit_cast<VecI>(shifted) - 0x4b400000;
+  VecI half = exponent >> 1;
+  V first = bit_cast<V>((half + 127) << 23);
+  V second = bit_cast<V>((exponent - half + 127) << 23);
+  return p * first * second;
+#endif
+}
+
+template <class F>
+FASTVIT_INLINE Vec<double> per_lane(Vec<double> x, F f) {
+  for (int i = 0; i < kLanes<double>; i++) x[i] = f(x[i]);
+  return x;
+}
+
+FASTVIT_INLINE Vec<double> exp(Vec<double> x) {
+  return per_lane(x, [](double v) { return ::exp(v); });
+}
+
+template <class A>
+FASTVIT_INLINE Vec<A> sigmoid_times(Vec<A> x, Vec<A> argument) {
+  return x / (exp(-argument) + A(1));
+}
+
+// x Phi(x) through the upper tail Q(t) = exp(-t^2/2) R(t), t = |x|, so that the relative error stays at fp32 rounding
+// where Phi itself vanishes. (t + 2.5) R(t) is a polynomial in (t - 2.5) / (t + 2.5), minimax to 1.5e-8 on [0, 14.5].
+FASTVIT_INLINE Vec<float> gelu(Vec<float> x) {
+  using V = Vec<float>;
+  V t = bit_cast<V>(bit_cast<VecU>(x) & 0x7fffffffu);
+  V bounded = t > 14.5f ? V{} + 14.5f : t;
+  V inverse = 1.0f / (bounded + 2.5f);
+  V q = (bounded - 2.5f) * inverse;
+  V p = V{} - 0.00015726718993391842f;
+  p = fma(p, q, V{} - 0.0003108656092081219f);
+  p = fma(p, q, V{} + 0.0006843447918072343f);
+  p = fma(p, q, V{} + 0.0025232979096472263f);
+  p = fma(p, q, V{} - 0.0016009609680622816f);
+  p = fma(p, q, V{} - 0.016386020928621292f);
+  p = fma(p, q, V{} + 0.009235914796590805f);
+  p = fma(p, q, V{} + 0.13198696076869965f);
+  p = fma(p, q, V{} - 0.43369200825691223f);
+  p = fma(p, q, V{} + 0.7066566348075867f);
+  V square = bounded * bounded;
+  V lost = fma(bounded, bounded, -square);
+  V tail = exp(square * -0.5f) * fma(lost, V{} - 0.5f, V{} + 1.0f) * p * inverse;
+  V small = t * tail;
+  // Above 14.5 the tail is 0 in fp32, and inf * 0 must not appear for +inf (it must for -inf, as in eager).
+  return x > 14.5f ? x : (x >= 0.0f ? x - small : -small);
+}
+
+FASTVIT_INLINE Vec<double> gelu(Vec<double> x) {
+  return per_lane(x, [](double v) { return 0.5 * v * ::erfc(-v * 0.70710678118654752440); });
+}
+
+template <class A>
+FASTVIT_INLINE Vec<A> activate(Vec<A> x, Activation activation) {
+  switch (activation) {
+    case Activation::gelu:
+      return gelu(x);
+    case Activation::gelu_tanh:
+      // (1 + tanh u) / 2 = sigmoid(2u)
+      return sigmoid_times<A>(x, A(1.5957691216057308) * (x + A(0.044715) * x * x * x));
+    case Activation::quick_gelu:
+      return sigmoid_times<A>(x, A(1.702) * x);
+    default:
+      return x;
+  }
+}

@@ -1,0 +1,106 @@
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <string>
+#include <tuple>
+
+#include "common/check.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace fastvit {
+namespace {
+
+constexpr const char* kOp = "norm_mlp";
+
+// Rows that go through all three steps together, so that the hidden activations never leave the cache.
+constexpr int64_t kBlockRows = 448;
+
+template <class T>
+void norm_mlp_rows(LayerNormArgs<T> norm, GemmArgs<T> fc1, GemmArgs<T> fc2, int64_t m) {
+  const int64_t block = std::min(m, kBlockRows), width = norm.width, hidden = fc1.n;
+  const Scratch normed(block * width * sizeof(T)), activated(block * hidden * sizeof(T));
+  for (int64_t row = 0; row < m; row += block) {
+    const int64_t rows = std::min(block, m - row);
+    norm.y = normed.as<T>();
+    norm.y_stride = width;
+    parallel_for(rows, 16384 / (width + 1) + 1, [&](int64_t begin, int64_t end) { layer_norm_rows(norm, begin, end); });
+    fc1.x = norm.y;
+    fc1.x_stride = width;
+    fc1.y = activated.as<T>();
+    fc1.y_stride = hidden;
+    fc2.x = fc1.y;
+    fc2.x_stride = hidden;
+    fc1.m = fc2.m = rows;
+    gemm(fc1);
+    gemm(fc2);
+    norm.x += block * norm.x_stride;
+    if (norm.mean) norm.mean += block;
+    if (norm.rstd) norm.rstd += block;
+    if (fc1.preact) fc1.preact += block * fc1.preact_stride;
+    if (fc2.residual) fc2.residual += block * fc2.residual_stride;
+    fc2.y += block * fc2.y_stride;
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_mlp(const Tensor& x, const OptionalTensor& norm_weight,
+                                                    const OptionalTensor& norm_bias, const Tensor& fc1_weight,
+                                                    const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
+                                                    const OptionalTensor& fc2_bias, const OptionalTensor& layer_scale,
+                                                    double eps, const std::string& activation, bool residual,
+                                                    bool keep) {
+  FASTVIT_CHECK(x.dim() == 2 && fc1_weight.dim() == 2 && fc2_weight.dim() == 2, kOp,
+                ": x must have shape (M, D), fc1_weight (F, D) and fc2_weight (O, F)");
+  const int64_t m = x.size(0), width = x.size(1), hidden = fc1_weight.size(0), out = fc2_weight.size(0);
+  FASTVIT_CHECK(!residual || out == width, kOp, ": a residual needs as many outputs as inputs");
+  const Activation parsed = parse_activation(activation, kOp);
+  Tensor y = empty(x, {m, out});
+  Tensor mean = keep ? empty(x, {m}, statistics_dtype(x)) : empty(x, {0});
+  Tensor rstd = keep ? empty(x, {m}, statistics_dtype(x)) : empty(x, {0});
+  Tensor preact = keep ? empty(x, {m, hidden}) : empty(x, {0});
+  dispatch(x, kOp, [&](auto tag) {
+    using T = decltype(tag);
+    using A = accumulator_t<T>;
+    const Rows<T> x_rows = rows<T>(x, m, width, x, kOp, "x");
+    const Rows<T> fc1_rows = rows<T>(fc1_weight, hidden, width, x, kOp, "fc1_weight");
+    const Rows<T> fc2_rows = rows<T>(fc2_weight, out, hidden, x, kOp, "fc2_weight");
+    LayerNormArgs<T> norm;
+    norm.x = x_rows.data;
+    norm.x_stride = x_rows.stride;
+    norm.weight = vector<T>(norm_weight, width, x, kOp, "norm_weight");
+    norm.bias = vector<T>(norm_bias, width, x, kOp, "norm_bias");
+    norm.width = width;
+    norm.eps = eps;
+    GemmArgs<T> fc1;
+    fc1.weight = fc1_rows.data;
+    fc1.weight_stride = fc1_rows.stride;
+    fc1.n = hidden;
+    fc1.k = width;
+    fc1.bias = vector<T>(fc1_bias, hidden, x, kOp, "fc1_bias");
+    fc1.activation = parsed;
+    GemmArgs<T> fc2;
+    fc2.weight = fc2_rows.data;
+    fc2.weight_stride = fc2_rows.stride;
+    fc2.n = out;
+    fc2.k = hidden;
+    fc2.bias = vector<T>(fc2_bias, out, x, kOp, "fc2_bias");
+    fc2.layer_scale = vector<T>(layer_scale, out, x, kOp, "layer_scale");
+    fc2.residual = residual ? x_rows.data : nullptr;
+    fc2.residual_stride = x_rows.stride;
+    fc2.y = data<T>(y);
+    fc2.y_stride = out;
+    if (keep) {
+      norm.mean = data<A>(mean);
+      norm.rstd = data<A>(rstd);
+      fc1.preact = data<T>(preact);
+      fc1.preact_stride = hidden;
+    }
+    norm_mlp_rows(norm, fc1, fc2, m);
+  });
+  return {y, mean, rstd, preact};
+}
+
+}  // namespace
+}  // namespace fastvit
+
+STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CPU, m) { m.impl("norm_mlp", TORCH_BOX(&fastvit::norm_mlp)); }

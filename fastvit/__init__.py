@@ -1,0 +1,27 @@
+"""fastvit makes Vision Transformers fast without changing what they compute."""
+
+from . import ops
+from .backends import BackendError, backend, is_available
+from .config import PRESETS, ViTConfig
+from .drop_in import accelerate, accelerated, report, restore
+from .model import VisionTransformer, create_model, list_models
+from .ops import why_not
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "BackendError",
+    "ViTConfig",
+    "VisionTransformer",
+    "accelerate",
+    "accelerated",
+    "backend",
+    "create_model",
+    "is_available",
+    "list_models",
+    "ops",
+    "report",
+    "restore",
+    "why_not",
+]

@@ -1,0 +1,154 @@
+"""The model's options, checked once, and the named presets, as data."""
+
+import difflib
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+POOLINGS = ("token", "avg", "max", "avgmax", "")
+WEIGHT_INITS = ("", "jax", "jax_nlhb", "moco", "skip", "reset", "zero_head")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+
+Size = int | tuple[int, int]
+
+
+def pair(value: Size, name: str) -> tuple[int, int]:
+    """An integer or a pair as (height, width), both positive."""
+    sides = (value, value) if isinstance(value, int) else tuple(value)
+    if len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
+        raise ValueError(f"fastvit: {name} must be a positive integer or a pair of them, got {value!r}")
+    return sides[0], sides[1]
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Options of :class:`fastvit.VisionTransformer`, named and defaulted as timm's.
+
+    Sizes: img_size and patch_size in pixels (an integer or (height, width)), embed_dim D, depth in blocks, num_heads H,
+    mlp_ratio F / D. Rates (``*_rate``) lie in [0, 1). ``init_values`` turns LayerScale on (None or 0 = off).
+    ``fc_norm`` moves the final norm behind pooling (None: for avg, max and avgmax). ``representation_size`` puts the
+    original's tanh layer before the head. ``weight_init``: "" (timm), "jax", "jax_nlhb", "moco", "zero_head" (timm's
+    with a zero head, the paper's fine-tuning start), "reset", "skip".
+
+    Raises:
+        ValueError: an option out of range, or a combination that makes no model.
+    """
+
+    img_size: Size = 224
+    patch_size: Size = 16
+    in_chans: int = 3
+    num_classes: int = 1000
+    global_pool: str = "token"
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    proj_bias: bool = True
+    init_values: float | None = None
+    class_token: bool = True
+    pos_embed: str = "learn"
+    no_embed_class: bool = False
+    reg_tokens: int = 0
+    pre_norm: bool = False
+    final_norm: bool = True
+    fc_norm: bool | None = None
+    pool_include_prefix: bool = False
+    dynamic_img_size: bool = False
+    drop_rate: float = 0.0
+    pos_drop_rate: float = 0.0
+    patch_drop_rate: float = 0.0
+    proj_drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    weight_init: str = ""
+    fix_init: bool = False
+    act_layer: str = "gelu"
+    norm_eps: float = 1e-6
+    representation_size: int | None = None
+
+    def __post_init__(self) -> None:
+        height, width = pair(self.img_size, "img_size")
+        p, q = pair(self.patch_size, "patch_size")
+        if height < p or width < q:
+            raise ValueError(f"fastvit: img_size {self.img_size!r} must hold at least one patch of {self.patch_size!r}")
+        for name, least in (("in_chans", 1), ("num_classes", 0), ("embed_dim", 1), ("depth", 0), ("num_heads", 1)):
+            self._require(name, isinstance(getattr(self, name), int) and getattr(self, name) >= least, f">= {least}")
+        self._require("reg_tokens", isinstance(self.reg_tokens, int) and self.reg_tokens >= 0, ">= 0")
+        self._require("num_heads", self.embed_dim % self.num_heads == 0, f"a divisor of embed_dim {self.embed_dim}")
+        self._require("mlp_ratio", int(self.embed_dim * self.mlp_ratio) >= 1, "a ratio that leaves a hidden layer")
+        self._require("norm_eps", self.norm_eps >= 0, ">= 0")
+        for name, valid in (("global_pool", POOLINGS), ("weight_init", WEIGHT_INITS), ("act_layer", ACTIVATIONS)):
+            self._require(name, getattr(self, name) in valid, f"one of {valid}")
+        self._require("pos_embed", self.pos_embed in ("learn", "none", ""), "'learn' or 'none'")
+        for name in (f.name for f in fields(self) if f.name.endswith("_rate")):
+            self._require(name, 0.0 <= getattr(self, name) < 1.0, "in [0, 1)")
+        if self.global_pool == "token" and not self.class_token:
+            raise ValueError("fastvit: global_pool='token' needs class_token=True; use 'avg', 'max', 'avgmax' or ''")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"fastvit: {name} must be {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens stand before the patches: class token and registers."""
+        return int(self.class_token) + self.reg_tokens
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches along height and width."""
+        (height, width), (p, q) = pair(self.img_size, "img_size"), pair(self.patch_size, "patch_size")
+        return height // p, width // q
+
+    @property
+    def hidden_dim(self) -> int:
+        """The MLP's hidden width F."""
+        return int(self.embed_dim * self.mlp_ratio)
+
+
+# name -> (D, depth, H, F / D): paper table 1 (Base, Large, Huge), DeiT (tiny, small), arXiv 2106.04560 (giant)
+_SIZES: dict[str, tuple[int, int, int, float]] = {
+    "tiny": (192, 12, 3, 4.0),
+    "small": (384, 12, 6, 4.0),
+    "base": (768, 12, 12, 4.0),
+    "large": (1024, 24, 16, 4.0),
+    "huge": (1280, 32, 16, 4.0),
+    "giant": (1408, 40, 16, 48 / 11),
+}
+_RESOLUTIONS: dict[int, tuple[int, ...]] = {8: (224, 384), 14: (224, 518), 16: (224, 384), 32: (224, 384)}
+
+PRESETS: dict[str, ViTConfig] = {
+    f"vit_{size}_patch{patch}_{side}": ViTConfig(
+        img_size=side, patch_size=patch, embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=ratio
+    )
+    for size, (dim, depth, heads, ratio) in _SIZES.items()
+    for patch, sides in _RESOLUTIONS.items()
+    for side in sides
+}
+
+
+def preset(name: str) -> ViTConfig:
+    """The preset of that name.
+
+    Raises:
+        ValueError: no such preset; the message lists the closest names.
+    """
+    if name not in PRESETS:
+        close = difflib.get_close_matches(str(name), PRESETS, n=3) or sorted(PRESETS)
+        raise ValueError(f"fastvit: unknown model {name!r}; close names: {', '.join(close)}. See fastvit.list_models()")
+    return PRESETS[name]
+
+
+def override(config: ViTConfig, options: dict[str, Any]) -> ViTConfig:
+    """``config`` with some options replaced.
+
+    Raises:
+        TypeError: an option that does not exist; the message names the closest ones.
+    """
+    valid = [f.name for f in fields(ViTConfig)]
+    unknown = [name for name in options if name not in valid]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], valid, n=3) or valid
+        raise TypeError(f"fastvit: unknown model option {unknown[0]!r}; expected one of {', '.join(close)}")
+    return replace(config, **options)

@@ -1,0 +1,219 @@
+"""Fused forwards for other people's Vision Transformers: bound to module instances, removed without a trace.
+
+Classes, parameters, state_dict keys and hooks stay as they are; nothing global is changed.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from . import backends, layers, ops
+from .integrations import ADAPTERS, Options, Plan
+from .settings import SETTINGS
+
+_MARK = "_fastvit_ops"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module of a report: its name and class, the backend per op when fused, the reason when not."""
+
+    name: str
+    module: str
+    fused: bool
+    ops: dict[str, str]
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        kernels = ", ".join(f"{op}: {backend}" for op, backend in self.ops.items())
+        return f"{self.name or '(model)':<28} {self.module:<18} {kernels if self.fused else f'eager, {self.reason}'}"
+
+
+class Report(list[Row]):
+    """The rows of :func:`report`; prints as a table."""
+
+    def __str__(self) -> str:
+        return "\n".join(str(row) for row in self)
+
+
+def _plan(module: nn.Module, options: Options) -> Plan | str | None:
+    for library, adapter in ADAPTERS.items():
+        if library in sys.modules:
+            found = importlib.import_module(adapter).plan(module, options)
+            if found is not None:
+                return found
+    return None
+
+
+def _planned(
+    module: nn.Module, options: Options, prefix: str = ""
+) -> Iterator[tuple[str, nn.Module, Plan | str | None, bool]]:
+    """(name, module, plan, inside): every module once, parents first; ``inside`` marks children of a fused whole."""
+    stack = [(prefix, module, False)]
+    seen: set[int] = set()
+    while stack:
+        name, current, inside = stack.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        found = None if inside else _plan(current, options)
+        yield name, current, found, inside
+        within = inside or (isinstance(found, Plan) and found.whole)
+        for child_name, child in reversed(list(current.named_children())):
+            stack.append((f"{name}.{child_name}" if name else child_name, child, within))
+
+
+def _call(fused: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The fused forward, or the class's own when a hook was put on a child that fusion would skip."""
+    if layers.has_hooks(module):
+        return type(module).forward(module, *args, **kwargs)
+    return fused(module, *args, **kwargs)
+
+
+def _check_model(function: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fastvit.{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def accelerate(
+    model: Model,
+    attention: bool = True,
+    layer_norm: bool = True,
+    mlp: bool = True,
+    patch_embed: bool = True,
+    strict: bool = False,
+) -> Model:
+    """Bind fused forwards to the modules of a timm Vision Transformer, in place.
+
+    The model keeps its class, its parameters and its state_dict; it trains, compiles and can be copied.
+    Calling it again changes nothing more; :func:`restore` undoes it.
+
+    Args:
+        model: a timm VisionTransformer, or any module that contains one.
+        attention, layer_norm, mlp, patch_embed: which parts may be fused; whole blocks need the first three.
+        strict: raise when a block, attention, MLP, norm or patch embedding has to stay eager.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: not a module. ValueError: nothing in it can be fused. RuntimeError: ``strict``, with all reasons.
+    """
+    _check_model("accelerate", model)
+    if SETTINGS.disable:
+        return model
+    plans = list(_planned(model, Options(attention, layer_norm, mlp, patch_embed)))
+    reasons = [f"{name or '(model)'}: {found}" for name, _, found, _ in plans if isinstance(found, str)]
+    if strict and reasons:
+        raise RuntimeError(f"fastvit.accelerate: strict, but {len(reasons)} modules stay eager: {'; '.join(reasons)}")
+    fused = [(module, found) for _, module, found, _ in plans if isinstance(found, Plan)]
+    if not fused:
+        if any(type(m).__module__.startswith(__package__ or "fastvit") for m in model.modules()):
+            return model
+        known = ", ".join(ADAPTERS)
+        detail = f" ({'; '.join(reasons)})" if reasons else ""
+        raise ValueError(
+            f"fastvit.accelerate: found no Vision Transformer module of {known} in {type(model).__name__}{detail}"
+        )
+    restore(model)
+    for module, found in fused:
+        if "forward" in module.__dict__:
+            continue
+        module.__dict__["forward"] = partial(_call, found.forward, module)
+        module.__dict__[_MARK] = found.ops
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Remove what :func:`accelerate` bound; the model then computes bit for bit what it did before.
+
+    Raises:
+        TypeError: not a module.
+    """
+    _check_model("restore", model)
+    for module in model.modules():
+        if module.__dict__.pop(_MARK, None) is not None:
+            del module.__dict__["forward"]
+    return model
+
+
+@contextmanager
+def accelerated(model: Model, **options: bool) -> Iterator[Model]:
+    """``with accelerated(model):`` accelerates inside the block and restores the model behind it.
+
+    Takes :func:`accelerate`'s options. A model that was accelerated before stays so.
+    """
+    before = {module: module.__dict__[_MARK] for module in model.modules() if _MARK in module.__dict__}
+    try:
+        yield accelerate(model, **options)
+    finally:
+        if not before:
+            restore(model)
+
+
+# op -> the arguments of a smallest call for tensors like this one
+_PROBES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "layer_norm": lambda t: ops.prepare_layer_norm(t.new_empty(0, 16)),
+    "attention": lambda t: ops.prepare_attention_packed(t.new_empty(0, 4, 48), 1),
+    "linear": lambda t: ops.prepare_linear(t.new_empty(0, 16), t.new_empty(16, 16)),
+    "norm_mlp": lambda t: ops.prepare_norm_mlp(
+        t.new_empty(0, 16), None, None, t.new_empty(16, 16), None, t.new_empty(16, 16), None
+    ),
+    "patch_embed": lambda t: ops.prepare_patch_embed(t.new_empty(0, 1, 4, 4), t.new_empty(16, 1, 4, 4)),
+}
+
+
+def _probe(op: str, like: torch.Tensor) -> str:
+    """The backend that runs ``op`` for tensors of this device and dtype."""
+    with torch.no_grad():
+        return backends.select(op, *_PROBES[op](like.detach()))
+
+
+def _why_eager(module: nn.Module, found: Plan | str | None) -> str:
+    if isinstance(found, str):
+        return found
+    if isinstance(found, Plan):
+        return "not accelerated yet: call fastvit.accelerate(model)"
+    return f"no fused form of {type(module).__name__} outside a block"
+
+
+def report(model: nn.Module) -> Report:
+    """What each module of a model runs on: fused ops with their backends, or the reason it was left alone.
+
+    Lists every module with parameters of its own and every one an adapter knows; children of a fused block are named as
+    part of it. Backends are those in force now, for the parameters' device and dtype.
+
+    Raises:
+        TypeError: not a module.
+    """
+    _check_model("report", model)
+    rows, fused = Report(), list[str]()
+    for name, module, found, _ in _planned(model, Options()):
+        if any(name.startswith(f"{parent}.") for parent in fused):
+            continue
+        kind, like = type(module).__name__, next(module.parameters(), None)
+        used: tuple[str, ...] | None = module.__dict__.get(_MARK, _OWN.get(type(module)))
+        if used is not None and like is not None and not layers.has_hooks(module):
+            rows.append(Row(name, kind, True, {op: _probe(op, like) for op in used}))
+            fused.append(name)
+        elif used is not None:
+            rows.append(Row(name, kind, False, {}, "a module inside it carries a hook, which fusion would skip"))
+        elif found is not None or next(module.parameters(recurse=False), None) is not None:
+            rows.append(Row(name, kind, False, {}, _why_eager(module, found)))
+    return rows
+
+
+# our own modules, which are fused as they are
+_OWN: dict[type, tuple[str, ...]] = {
+    layers.Block: ("layer_norm", "linear", "attention", "norm_mlp"),
+    layers.PatchEmbed: ("patch_embed",),
+    layers.LayerNorm: ("layer_norm",),
+}

@@ -1,0 +1,135 @@
+"""timm: recognise VisionTransformer's modules and bind fused forwards to them.
+
+timm's Block, Attention and Mlp carry the attribute names of :mod:`fastvit.layers`, so the forwards are the same
+functions.
+"""
+
+from typing import Any
+
+import timm.layers
+import timm.models.vision_transformer as vit
+from torch import Tensor, nn
+
+from .. import layers, ops
+from . import Options, Plan
+
+
+def _same_forward(module: Any, *classes: type[nn.Module]) -> bool:
+    """Whether a module computes what one of these classes does: it is one, and did not override forward."""
+    return any(isinstance(module, c) and type(module).forward is c.forward for c in classes)
+
+
+def _why_not_norm(norm: Any) -> str | None:
+    if not _same_forward(norm, nn.LayerNorm, timm.layers.LayerNorm):
+        return f"{type(norm).__name__} is not a LayerNorm"
+    if len(norm.normalized_shape) != 1:
+        return f"it normalises {len(norm.normalized_shape)} dimensions, not the last one"
+    return None
+
+
+def _why_not_linear(name: str, linear: Any) -> str | None:
+    return None if type(linear) is nn.Linear else f"{name} is a {type(linear).__name__}, not a torch.nn.Linear"
+
+
+def _why_not_attention(attn: Any) -> str | None:
+    if not _same_forward(attn, vit.Attention):
+        return f"attention is {type(attn).__name__}"
+    if getattr(attn, "gate", None) is not None:
+        return "attention is gated"
+    if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
+        return "attention normalises its output"
+    for name in ("q_norm", "k_norm"):
+        norm = getattr(attn, name)
+        reason = None if isinstance(norm, nn.Identity) else _why_not_norm(norm)
+        if reason:
+            return f"{name}: {reason}"
+    return _why_not_linear("qkv", attn.qkv) or _why_not_linear("proj", attn.proj)
+
+
+def _why_not_mlp(mlp: Any) -> str | None:
+    if not _same_forward(mlp, timm.layers.Mlp):
+        return f"MLP is {type(mlp).__name__}"
+    if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
+        return "the MLP normalises its hidden layer"
+    if layers.activation_name(mlp.act) is None:
+        return f"activation {type(mlp.act).__name__} has no fused form"
+    return _why_not_linear("fc1", mlp.fc1) or _why_not_linear("fc2", mlp.fc2)
+
+
+def _why_not_block(block: Any, options: Options) -> str | None:
+    if not (options.attention and options.layer_norm and options.mlp):
+        return "attention, layer_norm and mlp are not all switched on, so its parts are fused one by one"
+    known = (nn.Identity, timm.layers.DropPath, vit.LayerScale)
+    for name in ("ls1", "ls2", "drop_path1", "drop_path2"):
+        if not isinstance(getattr(block, name), known):
+            return f"{name} is a {type(getattr(block, name)).__name__}"
+    for name in ("norm1", "norm2"):
+        reason = _why_not_norm(getattr(block, name))
+        if reason:
+            return f"{name}: {reason}"
+    return _why_not_attention(block.attn) or _why_not_mlp(block.mlp)
+
+
+def _why_not_patch_embed(embed: Any) -> str | None:
+    proj = embed.proj
+    if type(proj) is not nn.Conv2d:
+        return f"proj is a {type(proj).__name__}, not a torch.nn.Conv2d"
+    if embed.dynamic_img_pad:
+        return "dynamic_img_pad pads the image first"
+    return None
+
+
+def layer_norm_forward(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """LayerNorm over the last dimension."""
+    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+def patch_embed_forward(embed: Any, x: Tensor) -> Tensor:
+    """The projection of timm's PatchEmbed; its own norm, flattening and size checks are kept."""
+    height, width = x.shape[-2:]
+    p, q = embed.patch_size
+    if embed.img_size is not None and embed.strict_img_size and (height, width) != tuple(embed.img_size):
+        raise AssertionError(f"Input size {(height, width)} doesn't match model {tuple(embed.img_size)}.")
+    grid = (height // p, width // q)
+    if embed.img_size is not None and not embed.strict_img_size and (height % p or width % q):
+        raise AssertionError(f"Input size {(height, width)} should be divisible by patch size {(p, q)}.")
+    y = ops.patch_embed(x[..., : grid[0] * p, : grid[1] * q], embed.proj.weight, embed.proj.bias)
+    if not embed.flatten:
+        channels_last = y.view(y.shape[0], *grid, y.shape[-1])
+        if embed.output_fmt == timm.layers.Format.NCHW:
+            y = channels_last.permute(0, 3, 1, 2)
+        elif embed.output_fmt == timm.layers.Format.NHWC:
+            y = channels_last
+        elif embed.output_fmt == timm.layers.Format.NCL:
+            y = y.transpose(1, 2)
+    return embed.norm(y)
+
+
+def plan(module: nn.Module, options: Options) -> Plan | str | None:
+    """How to fuse this module, why not, or None when it is none of timm's ViT modules."""
+    found = _plan(module, options)
+    if isinstance(found, Plan) and found.whole and layers.has_hooks(module):
+        return "a module inside it carries a hook, which the fused forward would skip"
+    return found
+
+
+def _plan(module: Any, options: Options) -> Plan | str | None:
+    if _same_forward(module, vit.Block):
+        reason = _why_not_block(module, options)
+        block_ops = ("layer_norm", "linear", "attention", "norm_mlp")
+        return reason or Plan(layers.fused_block, block_ops, whole=True)
+    if _same_forward(module, vit.Attention):
+        if not options.attention:
+            return "attention=False"
+        reason = _why_not_attention(module)
+        return reason or Plan(layers.Attention.forward, ("attention",), whole=True)
+    if _same_forward(module, timm.layers.Mlp):
+        reason = "mlp=False" if not options.mlp else _why_not_mlp(module)
+        return reason or Plan(layers.Mlp.forward, ("linear",), whole=True)
+    if _same_forward(module, timm.layers.PatchEmbed):
+        reason = "patch_embed=False" if not options.patch_embed else _why_not_patch_embed(module)
+        return reason or Plan(patch_embed_forward, ("patch_embed",), whole=True)
+    if isinstance(module, nn.LayerNorm):
+        reason = "layer_norm=False" if not options.layer_norm else _why_not_norm(module)
+        return reason or Plan(layer_norm_forward, ("layer_norm",))
+    return None

@@ -1,0 +1,98 @@
+"""The compiled extension ``fastvit._C``: loaded on first use, its launchers and their limits.
+
+``cpu`` and ``cuda`` hold one launcher per op. A launcher's ``why_not`` and ``forward`` take the same arguments, in the
+order of the op's contract (see ``fastvit.ops``); ``why_not`` looks at metadata only.
+"""
+
+import importlib
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from .settings import SETTINGS
+
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+
+# What loading the extension said: absent = not tried, empty = loaded.
+_failure: dict[str, str] = {}
+
+
+@torch.compiler.assume_constant_result
+def _load() -> str:
+    """Load the extension once; why that failed, or an empty string."""
+    if "reason" not in _failure:
+        try:
+            importlib.import_module("fastvit._C")
+            if SETTINGS.cpu:
+                torch.ops.fastvit_native.cpu_isa(SETTINGS.cpu)
+        except ModuleNotFoundError:
+            _failure["reason"] = "the extension fastvit._C is not built (python setup.py build_ext --inplace)"
+        except (ImportError, OSError, RuntimeError) as error:
+            _failure["reason"] = f"the extension fastvit._C does not load: {str(error).splitlines()[0]}"
+        else:
+            _failure["reason"] = ""
+    return _failure["reason"]
+
+
+def build_info() -> dict[str, Any]:
+    """How the extension was built: version, compiler, torch_target, cpu_compiled, cpu_detected, cpu_active,
+    cuda_architectures.
+
+    Raises:
+        ImportError: the extension is missing or does not load; the message says why.
+    """
+    failure = _load()
+    if failure:
+        raise ImportError(f"fastvit: {failure}")
+    return importlib.import_module("fastvit._C").build_info()
+
+
+@torch.compiler.assume_constant_result
+def _why_unavailable(device_type: str) -> str:
+    failure = _load()
+    if failure or device_type == "cpu":
+        return failure
+    if not build_info()["cuda_architectures"]:
+        return "the extension fastvit._C was built without CUDA (FASTVIT_BUILD=cuda)"
+    return "" if torch.cuda.is_available() else "there is no CUDA device"
+
+
+def why_unavailable(device_type: str) -> str | None:
+    """Why the native kernels of a device type ("cpu" or "cuda") cannot run on this machine, or None when they can."""
+    return _why_unavailable(device_type) or None
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """One op on one device type. ``why_not`` answers a sentence or None, ``forward`` runs the kernel."""
+
+    op: str
+    device_type: str
+
+    def why_not(self, *args: Any) -> str | None:
+        first, dtype = args[0], args[0].dtype
+        if first.device.type != self.device_type:
+            return f"{self.device_type} kernels run on {self.device_type} tensors, got {first.device.type}"
+        if self.op == "patch_embed":  # an image may be uint8, the parameters say in what dtype to compute
+            dtype = args[1].dtype
+        if dtype not in _DTYPES[self.device_type]:
+            expected = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[self.device_type])
+            return f"{self.device_type} {self.op} computes in {expected}, got {str(dtype).removeprefix('torch.')}"
+        return why_unavailable(self.device_type)
+
+    def forward(self, *args: Any) -> Any:
+        failure = _load()
+        if failure:
+            raise ImportError(f"fastvit: {failure}")
+        return getattr(torch.ops.fastvit_native, self.op)(*args)
+
+
+_CPU_OPS = ("layer_norm", "attention", "linear", "norm_mlp", "patch_embed")
+
+cpu = SimpleNamespace(**{op: Launcher(op, "cpu") for op in _CPU_OPS})
+cuda = SimpleNamespace(layer_norm=Launcher("layer_norm", "cuda"))

@@ -1,0 +1,202 @@
+"""Layer normalisation, optionally of a residual sum.
+
+z = residual + layer_scale * x, y = (z - E[z]) / sqrt(V[z] + eps) * weight + bias.
+
+Equations 2 and 3 of "An Image is Worth 16x16 Words" (arXiv 2010.11929); LayerNorm is arXiv 1607.06450.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from . import _contract as contract
+
+
+def reference(
+    x: Tensor,
+    residual: Tensor | None,
+    layer_scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch: (normalised, new residual)."""
+    z = x if layer_scale is None else x * layer_scale
+    z = z if residual is None else residual + z
+    return F.layer_norm(z, z.shape[-1:], weight, bias, eps), z
+
+
+def reference_backward(
+    dy: Tensor, dz: Tensor | None, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the normalised rows z (M, D), of weight and of bias, in fp32 inside.
+
+    With n = (z - mean) rstd and g = dy weight: dz += rstd (g - E[g] - n E[g n]), dweight = Σ dy n, dbias = Σ dy.
+    """
+    wide = mean.dtype
+    grad = dy.to(wide)
+    normalised = (z.to(wide) - mean[:, None]) * rstd[:, None]
+    g = grad if weight is None else grad * weight.to(wide)
+    d = g - g.mean(-1, keepdim=True) - normalised * (g * normalised).mean(-1, keepdim=True)
+    d = d * rstd[:, None]
+    d = d if dz is None else d + dz.to(wide)
+    return d.to(z.dtype), (grad * normalised).sum(0).to(z.dtype), grad.sum(0).to(z.dtype)
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    layer_scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return backends.implementation("layer_norm", backend).forward(x, residual, layer_scale, weight, bias, eps)
+
+
+def _fake(x, residual, layer_scale, weight, bias, eps, backend):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    z = contract.absent(x) if residual is None else torch.empty_like(y)
+    statistics = x.new_empty(x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return y, z, statistics, torch.empty_like(statistics)
+
+
+def _backward(
+    dy: Tensor, dz: Tensor | None, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    launch = contract.backward_launcher("layer_norm", backend, reference_backward)
+    return launch(contract.rows(dy), dz, z, mean, rstd, weight)
+
+
+def _backward_fake(dy, dz, z, mean, rstd, weight, backend):
+    d = torch.empty_like(z, memory_format=torch.contiguous_format)
+    return d, z.new_empty(z.shape[1]), z.new_empty(z.shape[1])
+
+
+def _setup_context(ctx, inputs, output):
+    x, residual, layer_scale, weight, bias, _, backend = inputs
+    _, z, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.has_residual = residual is not None
+    ctx.has_bias = bias is not None
+    ctx.backend = backend
+    scaled = x if layer_scale is not None else None
+    ctx.save_for_backward(z if ctx.has_residual else x, scaled, layer_scale, mean, rstd, weight)
+
+
+def _autograd(ctx, dy, dz, _mean, _rstd):
+    z, x, layer_scale, mean, rstd, weight = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(z)
+    d, dweight, dbias = _backward_op(dy, dz if ctx.has_residual else None, z, mean, rstd, weight, ctx.backend)
+    dx, dlayer_scale = d, None
+    if layer_scale is not None:
+        dx = d * layer_scale
+        dlayer_scale = (d.to(mean.dtype) * x.to(mean.dtype)).sum(0).to(d.dtype)
+    return (
+        dx,
+        d if ctx.has_residual else None,
+        dlayer_scale,
+        dweight if weight is not None else None,
+        dbias if ctx.has_bias else None,
+        None,
+        None,
+    )
+
+
+_op, _backward_op = contract.register(
+    "layer_norm", _forward, _fake, _backward, _backward_fake, _setup_context, _autograd
+)
+
+
+def prepare_layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6):
+    """Check the public arguments and turn them into the launchers'."""
+    return _prepare("layer_norm", x, None, weight, bias, eps, None)
+
+
+def prepare_add_layer_norm(x, residual, weight=None, bias=None, eps=1e-6, *, layer_scale=None, drop_path=0.0):
+    """Check the public arguments and turn them into the launchers'."""
+    contract.check_rate("add_layer_norm", "drop_path", drop_path)
+    contract.check_tensor("add_layer_norm", "residual", residual, tuple(range(1, 9)))
+    return _prepare("add_layer_norm", x, residual, weight, bias, eps, layer_scale)
+
+
+def _prepare(op, x, residual, weight, bias, eps, layer_scale):
+    contract.check_tensor(op, "x", x, tuple(range(1, 9)))
+    eps = contract.check_eps(op, eps)
+    if contract.autocasting(x):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, residual, weight, bias, layer_scale = contract.cast(wide, x, residual, weight, bias, layer_scale)
+    width = x.shape[-1]
+    contract.check_like(op, "residual", residual, "x", x, x.shape)
+    for name, value in (("layer_scale", layer_scale), ("weight", weight), ("bias", bias)):
+        contract.check_like(op, name, value, "x", x, (width,))
+    if width == 0:
+        raise ValueError(f"fastvit.{op}: the normalised dimension of x must not be empty, got shape {tuple(x.shape)}")
+    vectors = tuple(contract.unit_stride(t) for t in (layer_scale, weight, bias))
+    return contract.rows(x), None if residual is None else contract.rows(residual), *vectors, eps
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """Normalise the last dimension: y = (x - E[x]) / sqrt(V[x] + eps) * weight + bias, statistics in fp32.
+
+    Args:
+        x: (..., D), any strides, fp64 / fp32 / fp16 / bf16.
+        weight, bias: (D,) with x's dtype, or None.
+        eps: added to the variance, inside the root.
+
+    Returns:
+        (..., D), contiguous.
+
+    Raises:
+        TypeError, ValueError: dtypes, devices or shapes that do not fit, or a negative eps.
+
+    Source: Layer Normalization, arXiv 1607.06450, equation 4.
+    """
+    args = prepare_layer_norm(x, weight, bias, eps)
+    return _run(args, backends.select("layer_norm", *args), x)[0]
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    layer_scale: Tensor | None = None,
+    drop_path: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Add a branch to the residual stream and normalise the sum: z = residual + layer_scale * x, y = LayerNorm(z).
+
+    Args:
+        x, residual: (..., D), same shape and dtype.
+        weight, bias, layer_scale: (D,) or None.
+        eps: added to the variance, inside the root.
+        drop_path: rate of stochastic depth (arXiv 1603.09382); each sample's branch is dropped with this probability
+            and the survivors are scaled by 1 / (1 - rate). Pass 0 outside training.
+
+    Returns:
+        (y, z): the normalised rows and the new residual, both (..., D).
+
+    Raises:
+        TypeError, ValueError: dtypes, devices or shapes that do not fit, a negative eps, or a rate outside [0, 1).
+    """
+    args = prepare_add_layer_norm(x, residual, weight, bias, eps, layer_scale=layer_scale, drop_path=drop_path)
+    if drop_path > 0.0:
+        keep = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1.0 - drop_path).div_(1.0 - drop_path)
+        args = (contract.rows(x * keep), *args[1:])
+    return _run(args, backends.select("layer_norm", *args), x)
+
+
+def _run(args, backend: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    if backend == "reference":
+        y, z = reference(*args)
+    else:
+        y, z, _, _ = _op(*args, backend)
+    if x.device.type == "cpu":
+        y = y.to(x.dtype)  # autocast: torch normalises in fp32 on both devices, and returns x's dtype on the CPU only
+    return y.view(x.shape), z.view(x.shape) if args[1] is not None else z

@@ -1,0 +1,205 @@
+"""Linear layer with its epilogue: y = residual + layer_scale * activation(x Wᵀ + b)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from . import _contract as contract
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """GELU by the error function (arXiv 1606.08415), by tanh, by x·sigmoid(1.702x), or nothing."""
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return x
+
+
+def activation_backward(dy: Tensor, preact: Tensor, activation: str) -> Tensor:
+    """dy * activation'(preact), in dy's dtype."""
+    if activation == "none":
+        return dy
+    if activation == "quick_gelu":
+        gate = torch.sigmoid(1.702 * preact.to(dy.dtype))
+        return dy * gate * (1 + 1.702 * preact.to(dy.dtype) * (1 - gate))
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(dy, preact.to(dy.dtype), approximate=approximate)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    keep_preact: bool = False,
+) -> Tensor:
+    """Plain PyTorch; ``keep_preact`` belongs to the launchers and means nothing here."""
+    y = activate(F.linear(x, weight, bias), activation)
+    y = y if layer_scale is None else y * layer_scale
+    return y if residual is None else residual + y
+
+
+def reference_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    preact: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dx, dweight, dbias, dlayer_scale); the residual's is dy itself.
+
+    Without an activation the output need not be kept for LayerScale: with G = dyᵀ x,
+    dlayer_scale = Σ_k W G + b Σ dy and dweight = layer_scale G.
+    """
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    if layer_scale is None or activation == "none":
+        d = dy if activation == "none" else activation_backward(dy.to(wide), preact, activation).to(dy.dtype)
+        dweight, dbias = d.t() @ x, d.sum(0, dtype=wide)
+        if layer_scale is None:
+            return d @ weight, dweight, dbias.to(dy.dtype), contract.absent(dy)
+        dscale = (weight.to(wide) * dweight.to(wide)).sum(1)
+        dscale = dscale if bias is None else dscale + bias.to(wide) * dbias
+        dx = (dy * layer_scale) @ weight
+        dbias = (dbias * layer_scale.to(wide)).to(dy.dtype)
+        return dx, dweight * layer_scale[:, None], dbias, dscale.to(dy.dtype)
+    dscale = (dy.to(wide) * activate(preact.to(wide), activation)).sum(0).to(dy.dtype)
+    d = activation_backward(dy.to(wide) * layer_scale.to(wide), preact, activation)
+    dbias, d = d.sum(0).to(dy.dtype), d.to(dy.dtype)
+    return d @ weight, d.t() @ x, dbias, dscale
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    keep_preact: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    launch = backends.implementation("linear", backend).forward
+    return launch(x, weight, bias, layer_scale, residual, activation, keep_preact)
+
+
+def _fake(x, weight, bias, layer_scale, residual, activation, keep_preact, backend):
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return y, torch.empty_like(y) if keep_preact else contract.absent(x)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    preact: Tensor,
+    activation: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    launch = contract.backward_launcher("linear", backend, reference_backward)
+    return launch(contract.rows(dy), x, weight, bias, layer_scale, preact, activation)
+
+
+def _backward_fake(dy, x, weight, bias, layer_scale, preact, activation, backend):
+    dscale = contract.absent(dy) if layer_scale is None else torch.empty_like(layer_scale)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]), dscale
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, layer_scale, residual, activation, _, backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.has_residual = residual is not None
+    ctx.activation, ctx.backend = activation, backend
+    ctx.save_for_backward(x, weight, bias, layer_scale, output[1])
+
+
+def _autograd(ctx, dy, _preact):
+    x, weight, bias, layer_scale, preact = ctx.saved_tensors
+    dx, dweight, dbias, dscale = _backward_op(dy, x, weight, bias, layer_scale, preact, ctx.activation, ctx.backend)
+    return (
+        dx,
+        dweight,
+        None if bias is None else dbias,
+        None if layer_scale is None else dscale,
+        dy if ctx.has_residual else None,
+        None,
+        None,
+        None,
+    )
+
+
+_op, _backward_op = contract.register("linear", _forward, _fake, _backward, _backward_fake, _setup_context, _autograd)
+
+
+def prepare_linear(x, weight, bias=None, *, activation=None, layer_scale=None, residual=None):
+    """Check the public arguments and turn them into the launchers'."""
+    contract.check_tensor("linear", "x", x, tuple(range(1, 9)))
+    contract.check_tensor("linear", "weight", weight, 2)
+    activation = contract.check_activation("linear", activation)
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"fastvit.linear: x must end in weight's input width {weight.shape[1]}, got shape {tuple(x.shape)}"
+        )
+    width = weight.shape[0]
+    contract.check_like("linear", "weight", weight, "x", x, weight.shape)
+    contract.check_like("linear", "bias", bias, "x", x, (width,))
+    contract.check_like("linear", "layer_scale", layer_scale, "x", x, (width,))
+    contract.check_like("linear", "residual", residual, "x", x, (*x.shape[:-1], width))
+    keep_preact = (activation != "none") and contract.needs_grad(x, weight, bias, layer_scale)
+    return (
+        contract.rows(x),
+        contract.unit_stride(weight),
+        contract.unit_stride(bias),
+        contract.unit_stride(layer_scale),
+        None if residual is None else contract.rows(residual),
+        activation,
+        keep_preact,
+    )
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    layer_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Linear layer with its epilogue in one pass: y = residual + layer_scale * activation(x Wᵀ + b).
+
+    Args:
+        x: (..., K), any strides, fp64 / fp32 / fp16 / bf16.
+        weight: (N, K), as in torch.nn.Linear.
+        bias, layer_scale: (N,) or None.
+        activation: None, "gelu" (error function), "gelu_tanh" or "quick_gelu" (x·sigmoid(1.702x)).
+        residual: (..., N) or None.
+
+    Returns:
+        (..., N), contiguous. Under autocast the product runs in autocast's dtype and a residual keeps its own, as the
+        eager sum would.
+
+    Raises:
+        TypeError, ValueError: dtypes, devices or shapes that do not fit, or an unknown activation.
+    """
+    low = None if not isinstance(x, Tensor) else contract.autocast_dtype(x)
+    if low is not None:
+        x, weight, bias = contract.cast(low, x, weight, bias)
+        if any(t is not None and t.dtype != low for t in (layer_scale, residual)):
+            y = linear(x, weight, bias, activation=activation)
+            y = y if layer_scale is None else y * layer_scale
+            return y if residual is None else residual + y
+    args = prepare_linear(x, weight, bias, activation=activation, layer_scale=layer_scale, residual=residual)
+    backend = backends.select("linear", *args)
+    y = reference(*args) if backend == "reference" else _op(*args, backend)[0]
+    return y.view(*x.shape[:-1], weight.shape[0])

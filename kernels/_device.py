@@ -1,0 +1,101 @@
+"""What the kernels share: device functions, and the host's questions to Triton about this machine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+# Triton decides when a kernel is defined, not when it is launched, so the answer is taken once, beside the definitions.
+INTERPRETING = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
+OLDEST_TRITON = (3, 4)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+def why_unavailable(device_type: str) -> str | None:
+    """One sentence saying why Triton cannot run tensors of this device type here, or None if it can."""
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton: needs Triton 3.4 or newer, found {triton.__version__}"
+    if INTERPRETING and device_type in ("cpu", "cuda"):
+        return None
+    if device_type == "cpu":
+        return "triton: CPU tensors run only interpreted (set TRITON_INTERPRET=1 before the kernels are imported)"
+    if device_type != "cuda":
+        return f"triton: runs on cuda tensors, got {device_type}"
+    if not torch.cuda.is_available():
+        return "triton: torch finds no usable GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "triton: needs an NVIDIA GPU of compute capability 8.0 or newer"
+    return None
+
+
+def why_not(x: torch.Tensor) -> str | None:
+    """Why no kernel takes this tensor; metadata only."""
+    if x.dtype not in DTYPES:
+        return f"triton: takes float32, float16 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
+    if x.device.type == "cuda" or (x.device.type == "cpu" and INTERPRETING):
+        return None
+    return why_unavailable(x.device.type)
+
+
+def chip(x: torch.Tensor) -> str:
+    """Key of the tuning tables: "sm_90" for data-centre chips from Hopper on, "sm_80" for other NVIDIA chips, "hip"."""
+    if torch.version.hip is not None:
+        return "hip"
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] not in (9, 10):
+        return "sm_80"
+    return "sm_90"
+
+
+def wide(strides: Sequence[int]) -> bool:
+    """Whether offsets within a tile of up to 256 rows can pass 2^31, so that 32 bits do not hold them."""
+    return max(strides) >= 1 << 23
+
+
+def aligned(x: torch.Tensor, *lengths: int) -> bool:
+    """Whether rows of these lengths and strides are read 16 bytes at a time; if not, each element costs an address."""
+    return all(length * x.element_size() % 16 == 0 for length in lengths)
+
+
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the one that holds the tensors."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    """Activation of an fp32 block. tanh is written as a sigmoid: its relative error stays small in the left tail."""
+    if ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "quick_gelu":
+        x = x * tl.sigmoid(1.702 * x)
+    return x
+
+
+@triton.jit
+def _row_statistics(x, columns, D, eps):
+    """Mean and 1/sqrt(variance + eps) of the rows of x [BLOCK_M, BLOCK_D]: fp32, whole rows, zero beyond D."""
+    mean = tl.sum(x, axis=1) / D  # [BLOCK_M]
+    centred = tl.where(columns < D, x - mean[:, None], 0.0)  # [BLOCK_M, BLOCK_D]
+    return mean, tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
+
+
+@triton.jit
+def _grouped_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Tile of this program, numbered so that neighbours share GROUP_M row tiles and reuse each other's cache lines."""
+    program = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    group = program // (GROUP_M * tiles_n)
+    first_m = group * GROUP_M
+    rows_in_group = min(tiles_m - first_m, GROUP_M)
+    within = program % (GROUP_M * tiles_n)
+    return first_m + within % rows_in_group, within // rows_in_group

@@ -1,0 +1,130 @@
+"""Every block size, warp count and stage count of the Triton kernels, as data, each with its reason.
+
+Not tuned yet: the numbers are the largest round ones with which every kernel compiles for sm_80, sm_90, sm_100 and
+gfx942 without a register spill and within 99 KiB of shared memory (64 KiB on AMD), so that consumer chips can too.
+`tests/test_aot.py` holds them to that. Tables are keyed by vendor and by the bytes of an element: four-byte operands go
+through plain multiply-adds (`input_precision="ieee"`), not through a matrix unit, and want smaller tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row-wise kernels: BLOCK_M rows of BLOCK_D columns; ONE_TILE says that a whole row fits."""
+
+    BLOCK_M: int
+    BLOCK_D: int
+    ONE_TILE: bool
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Product:
+    """Matrix products: a tile [BLOCK_M, BLOCK_N] of the result, BLOCK_K of the summed axis at a time."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Attention: BLOCK_M queries against BLOCK_N keys at a time; ONE_PASS says that all keys fit."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_E: int
+    ONE_PASS: bool
+    num_warps: int
+    num_stages: int
+
+
+# Elements a row-wise program holds at once: 8192 fp32 over 8 warps are 32 registers a thread, and three blocks live.
+ROW_ELEMENTS = 8192
+# A row wider than that is walked in pieces; with pieces of 8192 the address masks of an odd width spill on gfx942.
+ROW_PIECE = 4096
+# Below this many columns one row leaves most of a program's threads idle, so a program takes several rows.
+NARROW_ROW = 1024
+
+# Row tiles that share a band of the weight are launched next to one another, so that the band stays in the L2 cache.
+GROUP_M = 8
+
+PRODUCT = {
+    # 96 KiB in three stages; 8 warps hold 64 fp32 sums a thread (128 with 4 warps leaves too little for the epilogue).
+    ("cuda", 2): Product(128, 128, 64, num_warps=8, num_stages=3),
+    # Plain multiply-adds: 16 sums a thread; a longer BLOCK_K unrolls into more live operands than there are registers.
+    ("cuda", 4): Product(64, 64, 16, num_warps=8, num_stages=2),
+    # 64 KiB of local memory: one buffer of 32 KiB, the next tile travels in registers.
+    ("hip", 2): Product(128, 128, 64, num_warps=8, num_stages=2),
+    ("hip", 4): Product(64, 64, 16, num_warps=8, num_stages=2),
+}
+
+# Rows that are not read 16 bytes at a time: an address and a mask for each element, so half the elements.
+PRODUCT_UNALIGNED = {
+    ("cuda", 2): Product(64, 128, 32, num_warps=8, num_stages=2),
+    ("cuda", 4): Product(64, 64, 16, num_warps=8, num_stages=2),
+    ("hip", 2): Product(64, 128, 32, num_warps=8, num_stages=2),
+    ("hip", 4): Product(64, 64, 16, num_warps=8, num_stages=2),
+}
+
+# A result of few rows (a class token, a classifier head) would leave half of a 128-row tile empty.
+FEW_ROWS = 64
+
+# Attention, by chip, bytes of an element and padded head width: most keys of one pass (0: always in tiles), then queries
+# and keys of a tile beyond it. A query's scores, their exponentials and its sums share a thread's 255 registers, so a wide
+# head leaves room for fewer keys. 256 keys hold ViT's 197: with 128 queries over 8 warps they fit sm_90, not sm_80.
+SCORES = {
+    ("sm_80", 2): {16: (128, 64, 64), 32: (128, 64, 64), 64: (128, 64, 64), 128: (0, 64, 32), 256: (0, 32, 32)},
+    # Width 256 with 64 queries overflows Blackwell's tensor memory, and Triton then compiles the kernel to a trap.
+    ("sm_90", 2): {16: (256, 64, 64), 32: (256, 64, 64), 64: (256, 64, 64), 128: (64, 64, 64), 256: (0, 32, 32)},
+    ("hip", 2): {16: (128, 64, 64), 32: (128, 64, 64), 64: (64, 64, 64), 128: (0, 64, 32), 256: (0, 32, 32)},
+    # Plain multiply-adds keep whole rows of q and k in registers.
+    ("sm_80", 4): {16: (32, 32, 32), 32: (32, 32, 32), 64: (32, 32, 32), 128: (0, 16, 32), 256: (0, 16, 16)},
+    ("sm_90", 4): {16: (32, 32, 32), 32: (32, 32, 32), 64: (32, 32, 32), 128: (0, 16, 32), 256: (0, 16, 16)},
+    ("hip", 4): {16: (32, 32, 32), 32: (32, 32, 32), 64: (32, 32, 32), 128: (0, 16, 32), 256: (0, 16, 16)},
+}
+# Keys of a tile, by padded head width, when each score also needs an address in the mask or each element of k and v one
+# of its own; twice the warps and no prefetch leave the registers for them.
+COSTLY_KEYS = {16: 32, 32: 32, 64: 32, 128: 32, 256: 16}
+MAX_HEAD_DIM = 256
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def rows(width: int) -> Rows:
+    block_d = max(_power_of_two(width), 16) if width <= ROW_ELEMENTS else ROW_PIECE
+    block_m = max(1, NARROW_ROW // block_d)
+    # One warp per 512 columns keeps 16 values a thread, eight warps at most.
+    warps = min(8, max(1, block_m * block_d // 512))
+    return Rows(block_m, block_d, width <= block_d, num_warps=warps)
+
+
+def product(chip: str, itemsize: int, row_count: int, aligned: bool) -> Product:
+    tile = PRODUCT[chip, itemsize] if aligned else PRODUCT_UNALIGNED[chip, itemsize]
+    if row_count > FEW_ROWS or tile.BLOCK_M <= FEW_ROWS:
+        return tile
+    return Product(FEW_ROWS, tile.BLOCK_N, tile.BLOCK_K, num_warps=4, num_stages=tile.num_stages)
+
+
+def scores(chip: str, itemsize: int, head_dim: int, key_count: int, masked: bool, aligned: bool) -> Scores:
+    block_e = max(_power_of_two(head_dim), 16)
+    most_keys, block_m, block_n = SCORES[chip, itemsize][block_e]
+    warps, stages = 4, 2
+    if masked or not aligned:
+        block_n = min(block_n, COSTLY_KEYS[block_e])
+        most_keys = min(most_keys, block_n)
+        warps, stages = 8, 1
+    one_pass = key_count <= most_keys
+    if one_pass:
+        block_n = max(_power_of_two(key_count), 16)
+        stages = 1
+    if block_n > 128:
+        block_m, warps = 128, 8
+    return Scores(block_m, block_n, block_e, one_pass, warps, stages)

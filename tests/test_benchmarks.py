@@ -1,0 +1,393 @@
+"""The benchmark suite: closed formulas against oracles, rows, timing, the parity rule, photographs, charts."""
+
+import csv
+import itertools
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastvit
+from fastvit.benchmarks import accuracy, cases, images, measure, peers, plot, rows, suite, table
+
+# arXiv 2010.11929's models with 1000 classes, attention products included
+GMACS = {
+    "vit_tiny_patch16_224": "1.254",
+    "vit_small_patch16_224": "4.599",
+    "vit_base_patch32_224": "4.409",
+    "vit_base_patch16_224": "17.564",
+    "vit_base_patch16_384": "55.484",
+    "vit_large_patch16_224": "61.555",
+    "vit_large_patch32_224": "15.378",
+    "vit_huge_patch14_224": "167.295",
+}
+
+
+@pytest.mark.parametrize("name", GMACS)
+def test_multiply_adds_are_the_published_ones(name: str) -> None:
+    assert f"{cases.macs(fastvit.PRESETS[name]) / 1e9:.3f}" == GMACS[name]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reg_tokens": 4, "init_values": 0.1},
+        {"class_token": False, "global_pool": "avg", "num_classes": 10},
+        {"global_pool": "", "num_classes": 7},
+        {"img_size": (48, 64), "patch_size": 8, "in_chans": 1, "mlp_ratio": 2.5},
+        {"representation_size": 96},
+    ],
+)
+def test_flops_are_what_torch_counts(options: dict) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    options = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3, **options}
+    model = fastvit.VisionTransformer(**options).eval()
+    config = fastvit.ViTConfig(**options)
+    height, width = cases.pair(config.img_size)
+    image = torch.rand(2, config.in_chans, height, width)
+    math_only = sdpa_kernel(SDPBackend.MATH)  # its products are counted, those inside a fused attention are not
+    with fastvit.backend("reference"), math_only, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    assert cases.flops(config, 2) == counter.get_total_flops()
+
+
+def test_traffic_grows_by_the_batch_and_counts_weights_once() -> None:
+    config = fastvit.PRESETS["vit_base_patch16_224"]
+    one, two, three = (cases.traffic(config, batch, torch.float32) for batch in (1, 2, 3))
+    assert three - two == two - one
+    weights = sum(p.numel() for p in fastvit.create_model("vit_base_patch16_224").parameters() if p.ndim > 1)
+    assert (2 * one - two) / 4 == pytest.approx(weights, rel=0.001)
+    assert cases.traffic(config, 3, torch.bfloat16) * 2 == three
+
+
+def row(provider: str = "eager", batch: int = 1, **columns: object) -> dict:
+    base = {"case": "vit", "shape": f"{batch}x3x8x8", "dtype": "float32", "direction": "forward", "device": "cpu"}
+    shown = {"status": "ok", "median_ms": 2.0, "p20_ms": 1.5, "p80_ms": 2.5, "images_per_s": 500.0, "ratio": 1.0}
+    stamp = {"eager": "timm", "torch": "2", "fastvit": "0", "commit": "unknown", "date": "2026-01-01", "images": "two"}
+    return {**base, **shown, **stamp, "provider": provider, **columns}
+
+
+def test_rows_are_appended_and_replaced_by_key(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "rows.csv"
+    assert rows.read(path) == []
+    assert rows.write(path, [row(), row("fastvit")]) == 2
+    assert rows.write(path, [row("fastvit", median_ms=1 / 3), row("fastvit", batch=8)]) == 3
+    got = rows.read(path)
+    assert [rows.key(r) for r in got] == [rows.key(r) for r in (row(), row("fastvit"), row("fastvit", batch=8))]
+    assert [r["median_ms"] for r in got] == ["2", "0.333333", "2"]
+    assert list(tmp_path.joinpath("deep").iterdir()) == [path]
+
+
+def test_every_key_column_tells_rows_apart(tmp_path: Path) -> None:
+    variants = [row(), *(row(**{"provider": "eager", column: "other"}) for column in rows.KEY if column != "provider")]
+    assert rows.write(tmp_path / "rows.csv", [*variants, row("fastvit")]) == len(rows.KEY) + 1
+
+
+def test_an_interrupted_write_leaves_the_old_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.csv"
+    rows.write(path, [row()])
+    before = path.read_bytes()
+
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    for name in ("os.fsync", "os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, interrupt)
+            with pytest.raises(Interrupted):
+                rows.write(path, [row("fastvit")])
+        assert path.read_bytes() == before
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_unknown_columns_survive_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    rows.write(path, [row(watts="300")])
+    rows.write(path, [row("fastvit")])
+    assert [r["watts"] for r in rows.read(path)] == ["300", ""]
+    for content in (b"a,b\n1,2\n", b"\xff\xfe\x00", ",".join(rows.KEY).encode() + b"\n1,2\n"):
+        path.write_bytes(content)
+        with pytest.raises(rows.RowError, match=r"rows\.csv"):
+            rows.write(path, [row()])
+        assert path.read_bytes() == content
+    path.write_text("")
+    assert rows.write(path, [row()]) == 1
+
+
+def test_quantiles_are_numpys() -> None:
+    samples = list(np.random.default_rng(0).random(11))
+    for count, share in itertools.product((1, 2, 5, 10, 11), (0.2, 0.5, 0.8)):
+        assert measure.quantile(samples[:count], share) == pytest.approx(np.quantile(samples[:count], share))
+    with pytest.raises(ValueError, match="no samples"):
+        measure.quantile([], 0.5)
+
+
+def test_rounds_are_interleaved_and_warm_up_is_dropped() -> None:
+    calls, entered, now = [], [], [0.0]
+    costs = {"a": 1.0, "b": 2.0, "c": 4.0}
+
+    class Scope:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __enter__(self) -> None:
+            entered.append(self.name)
+
+        def __exit__(self, *_: object) -> None:
+            entered.remove(self.name)
+
+    def provider(name: str) -> measure.Provider:
+        def run() -> torch.Tensor:
+            assert entered == [name]
+            calls.append(name)
+            now[0] += costs[name] + (100 if len(calls) <= 6 else 0)
+            return torch.empty(0)
+
+        return measure.Provider(name, run, lambda: Scope(name))
+
+    def clock(call) -> float:
+        before = now[0]
+        call()
+        return now[0] - before
+
+    told: list[tuple[int, int]] = []
+    timings = measure.interleave(
+        [provider(name) for name in costs], clock, repeats=6, warmup=2, on_round=lambda *done: told.append(done)
+    )
+    assert {name: timing.samples for name, timing in timings.items()} == {n: [c] * 6 for n, c in costs.items()}
+    assert told == [(done, 8) for done in range(1, 9)]
+    rounds = [tuple(calls[start : start + 3]) for start in range(6, len(calls), 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
+    assert len(set(rounds)) == 6  # every order of three, so every place and every neighbour
+    assert {name: sum(turn[0] == name for turn in rounds) for name in costs} == {"a": 2, "b": 2, "c": 2}
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(1e-4, measure.MAX_ROUNDS), (1.0, 20), (60.0, measure.MIN_ROUNDS)])
+def test_open_repeats_fit_the_budget(seconds: float, rounds: int) -> None:
+    provider = measure.Provider("a", lambda: torch.empty(0))
+    assert len(measure.interleave([provider], lambda call: seconds)["a"].samples) == rounds
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="GPU: this system keeps no high-water mark")
+def test_peak_memory_sees_what_a_call_held() -> None:
+    def hold(mib: int) -> measure.Provider:
+        return measure.Provider("a", lambda: torch.ones(mib * 2**18).sum())
+
+    for mib in (300, 40):
+        assert measure.peak_mib(hold(mib), torch.device("cpu")) == pytest.approx(mib, abs=12)
+
+
+def test_the_parity_rule() -> None:
+    exact = torch.randn(4, 10, dtype=torch.float64)
+
+    def off_by(error: float) -> accuracy.Accuracy:
+        wrong = exact.clone()
+        wrong[2, 3] += error
+        return accuracy.compare(wrong, exact)
+
+    eager = off_by(1e-3)
+    for dtype, factor in ((torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2)):
+        assert accuracy.why_red(dtype, off_by(0.99 * factor * 1e-3), eager, 1.0) is None
+        assert "above the bound" in str(accuracy.why_red(dtype, off_by(1.1 * factor * 1e-3), eager, 1.0))
+        for bad in (float("nan"), float("inf")):
+            assert "NaN or infinity" in str(accuracy.why_red(dtype, off_by(bad), eager, 1.0))
+            assert "eager itself" in str(accuracy.why_red(dtype, eager, off_by(bad), 1.0))
+    assert accuracy.compare(exact.flip(0), exact).top1 < 1 == accuracy.compare(exact, exact).top1
+    with pytest.raises(ValueError, match="shape"):
+        accuracy.compare(exact[:2], exact)
+
+
+def test_random_weights_are_seeded_and_never_degenerate() -> None:
+    options = {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2, "init_values": 1e-5, "reg_tokens": 2}
+    one, two, other = (peers.randomise_(fastvit.VisionTransformer(**options), seed) for seed in (0, 0, 1))
+    for (name, a), b, c in zip(one.named_parameters(), two.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert not torch.equal(a, c), name
+        assert a.std() > 0.01, name
+
+
+def test_timed_copies_share_their_weights() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    twin = suite._twin(model)
+    assert twin[0] is not model[0]
+    for (name, a), b in zip(
+        model.state_dict(keep_vars=True).items(), twin.state_dict(keep_vars=True).values(), strict=True
+    ):
+        assert a is b, name
+
+
+def test_importing_the_peers_loads_none_of_them() -> None:
+    code = (
+        "import sys, fastvit.benchmarks.peers; print({'timm', 'torchvision', 'sklearn', 'matplotlib'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_torchvision_is_repaired_once_and_timm_imports() -> None:
+    assert peers.repair_torchvision() is None
+    assert peers.repair_torchvision() is None
+    timm, reason = peers.import_timm()
+    assert timm is not None, reason
+
+
+MEAN_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def photo(width: int = 90, height: int = 60, mode: str = "RGB") -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("size", "crop_pct"), [(224, 0.9), (384, 1.0), (518, 1.0), (32, 0.875)])
+def test_the_transform_is_timms(size: int, crop_pct: float) -> None:
+    timm, reason = peers.import_timm()
+    assert timm is not None, reason
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    theirs = timm.data.create_transform(
+        (3, size, size), is_training=False, interpolation="bicubic", crop_pct=crop_pct, mean=mean, std=std
+    )
+    pictures = [images.read_rgb(path) for path in images.photographs()]
+    pictures += [photo(), photo(61, 97), photo(40, 40), photo(41, 300)]
+    for picture in pictures:
+        ours = images.transform(picture, size, crop_pct, mean, std)
+        torch.testing.assert_close(ours, theirs(picture), rtol=0, atol=1e-6)
+
+
+def test_photographs_load_as_a_batch() -> None:
+    paths = images.photographs()
+    batch = images.load(paths, 224, 0.9, *MEAN_STD)
+    assert batch.shape == (2, 3, 224, 224)
+    assert batch.dtype == torch.float32
+    assert -1 <= batch.min() < -0.9
+    assert 0.9 < batch.max() <= 1
+
+
+def test_unusual_images_give_the_right_pixels(tmp_path: Path) -> None:
+    plain = np.asarray(photo())
+    photo().save(tmp_path / "plain.png")
+    rotated, exif = photo().transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # shown upright after a quarter turn clockwise
+    rotated.save(tmp_path / "rotated.png", exif=exif)
+    alpha = photo().convert("RGBA")
+    alpha.putalpha(128)
+    alpha.save(tmp_path / "alpha.png")
+    photo().save(tmp_path / "animated.gif", save_all=True, append_images=[photo().rotate(180)])
+    for name in ("plain.png", "rotated.png", "alpha.png"):
+        assert np.array_equal(np.asarray(images.read_rgb(tmp_path / name)), plain), name
+    with Image.open(tmp_path / "animated.gif") as animation:
+        first = np.asarray(animation.convert("RGB"))
+    assert np.array_equal(np.asarray(images.read_rgb(tmp_path / "animated.gif")), first)
+
+
+def test_other_modes_become_rgb(tmp_path: Path) -> None:
+    photo(mode="CMYK").save(tmp_path / "cmyk.jpg", quality=100, subsampling=0)
+    got = np.asarray(images.read_rgb(tmp_path / "cmyk.jpg")).astype(int)
+    assert np.abs(got - np.asarray(photo())).mean() < 3
+    grey = np.linspace(0, 65535, 60 * 90).astype(np.uint16).reshape(60, 90)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    got = np.asarray(images.read_rgb(tmp_path / "deep.png"))
+    assert np.abs(got[..., 0] - grey / 257.0).max() <= 0.5
+    palette = photo().quantize(16)
+    palette.info["transparency"] = 0
+    palette.save(tmp_path / "palette.png", transparency=0)
+    photo(mode="1").save(tmp_path / "bits.tif")
+    for name in ("palette.png", "bits.tif"):
+        assert images.read_rgb(tmp_path / name).mode == "RGB"
+
+
+def png_without_pixels(width: int, height: int) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 1000) + b"IDAT"
+
+
+def test_unusable_images_give_one_line_each(tmp_path: Path) -> None:
+    photo(300, 200).save(tmp_path / "good.jpg")
+    whole = (tmp_path / "good.jpg").read_bytes()
+    expected = {
+        "cut.jpg": (whole[: len(whole) // 2], "truncated"),
+        "empty.png": (b"", "empty"),
+        "text.png": (b"hello\n" * 100, "not an image"),
+        "huge.png": (png_without_pixels(8000, 8000), "64,000,000|8000 x 8000"),
+        "bomb.png": (png_without_pixels(60000, 60000), "50,000,000"),
+        "header.png": (png_without_pixels(8, 8), "truncated"),
+    }
+    for name, (content, _) in expected.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(images.ImageError, match=rf"^.*{name}: .*({expected[name][1]})") as caught:
+            images.load([tmp_path / "good.jpg", tmp_path / name], 32, 0.9, *MEAN_STD)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere")
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
+    for name, reason in (("folder.png", "regular"), ("broken.png", "regular"), ("float.tif", "fixed range")):
+        with pytest.raises(images.ImageError, match=reason):
+            images.read_rgb(tmp_path / name)
+    with pytest.raises(images.ImageError) as caught:
+        images.load(images.list_images(tmp_path), 32, 0.9, *MEAN_STD)
+    assert str(caught.value).count("\n") == images._SHOWN
+    assert str(caught.value).endswith("... and 4 more files")
+
+
+def test_directories_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    for path, reason in (
+        (tmp_path / "none", "no such"),
+        (tmp_path / "notes.txt", "not a dir"),
+        (tmp_path, "no images"),
+    ):
+        with pytest.raises(images.ImageError, match=reason):
+            images.list_images(path)
+    for name in ("b.PNG", "a.jpeg"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [path.name for path in images.list_images(tmp_path)] == ["a.jpeg", "b.PNG"]
+
+
+def test_a_failed_row_shows_no_speed(tmp_path: Path) -> None:
+    failed = row("fastvit", status="FAILED", ratio=None, images_per_s=None, median_ms=None, note="max error 1")
+    lines = table.plain([row(), failed]).splitlines()
+    assert lines[0].split()[:5] == ["model", "batch", "dtype", "provider", "img/s"]
+    assert lines[1].split()[3:6] == ["eager", "500.0", "2.00"]
+    assert lines[2].split()[3:9] == ["fastvit", "-", "-", "-", "-", "FAILED"]
+    assert "fastvit: max error 1" in table.footnotes([row(), failed], {"triton": "no GPU"})
+    rows.write(tmp_path / "rows.csv", [row(), failed])
+    assert table.plain(rows.read(tmp_path / "rows.csv")) == table.plain([row(), failed])
+
+
+def test_charts_are_drawn_from_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    failed = row("fastvit", 8, status="FAILED", ratio=None, images_per_s=None, median_ms=None, p20_ms=None, p80_ms=None)
+    rows.write(tmp_path / "rows.csv", [row("fastvit", ratio=1.2), row(), row(batch=8), failed])
+    target = tmp_path / "new" / "chart.png"
+    assert plot.main([str(tmp_path / "rows.csv"), "-o", str(target)]) == 0
+    assert capsys.readouterr().out == f"{target}\n"
+    with Image.open(target) as chart:
+        assert chart.format == "PNG"
+        assert len(np.unique(np.asarray(chart.convert("RGB")).reshape(-1, 3), axis=0)) > 10
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_charts_that_cannot_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (tmp_path / "empty.csv").open("w", newline="") as file:
+        csv.writer(file).writerow(rows.COLUMNS)
+    for arguments, reason in (
+        ([tmp_path / "none.csv"], "no such file"),
+        ([tmp_path / "empty.csv", "-o", tmp_path / "a.png"], "no rows"),
+        ([tmp_path / "empty.csv", "-o", tmp_path / "a.txt"], ".png, .svg, .pdf"),
+    ):
+        assert plot.main([str(argument) for argument in arguments]) == 1
+        assert reason in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.csv"]
