@@ -17,10 +17,7 @@ REQUESTED = os.environ.get("FASTVIT_BUILD", "").strip().lower()
 CXX = shutil.which(os.environ.get("CXX", "c++"))
 NVCC = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin") or shutil.which("nvcc")
 # One binary for torch 2.10 and newer: the sources use no more than the stable ABI of that release.
-FLAGS = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -I{CSRC} -DTORCH_TARGET_VERSION=0x020a000000000000"
-# GCC 12 warns about its own intrinsics (bug 105593), and about vectors in signatures that are always inlined.
-FLAGS += " -Wall -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized"
-NVCC_FLAGS = f"-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -I{CSRC} -Xptxas=-v"
+FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
 def choose_build() -> tuple[str, str]:
@@ -36,16 +33,16 @@ def choose_build() -> tuple[str, str]:
     return ("cuda" if REQUESTED == "cuda" or (not REQUESTED and NVCC and torch.version.cuda) else "cpu"), ""
 
 
-def cuda_architectures() -> list[str]:
+def cuda_architectures() -> dict[str, str]:
     """nvcc's flags for TORCH_CUDA_ARCH_LIST, or for those of our own list that this nvcc knows."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
     known = subprocess.run([str(NVCC), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-    flags = []
+    flags = {}
     for arch in (wanted or "8.0+PTX 9.0a 10.0a").replace(";", " ").split():
         number = arch.removesuffix("+PTX").replace(".", "")
         if wanted or f"compute_{number.rstrip('af')}" in known:
             codes = [f"sm_{number}", f"compute_{number}"][: 1 + arch.endswith("+PTX")]
-            flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+            flags.update({code: f"-gencode=arch=compute_{number},code={code}" for code in codes})
     return flags
 
 
@@ -62,20 +59,19 @@ class BuildExtension(build_ext):
         import torch
 
         (temp := Path(self.build_temp)).mkdir(parents=True, exist_ok=True)
-        torch_root = Path(torch.__path__[0])
-        gencode = cuda_architectures() if BUILD == "cuda" else []
-        names = " ".join(flag.rpartition("=")[2] for flag in gencode)
-        includes = [f"-I{path}" for path in (torch_root / "include", pybind11.get_include(), *self.include_dirs)]
-        defines = [f'-DFASTVIT_VERSION="{self.distribution.get_version()}"', f'-DFASTVIT_CUDA="{names}"']
-        cxx, nvcc = [CXX, *FLAGS.split(), *defines, *includes], [NVCC, *NVCC_FLAGS.split(), *gencode]
-        stamp = zlib.crc32(f"{cxx}{nvcc}{torch.__version__}".encode())
+        gencode = cuda_architectures() if BUILD == "cuda" else {}
+        paths = (CSRC, f"{torch.__path__[0]}/include", pybind11.get_include(), *self.include_dirs)
+        defines = [f'-DFASTVIT_VERSION="{self.distribution.get_version()}"', f'-DFASTVIT_CUDA="{" ".join(gencode)}"']
+        cxx = [CXX, *FLAGS.split(), *defines, *(f"-I{path}" for path in paths)]
+        nvcc = [NVCC, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", f"-I{CSRC}"]
+        stamp = zlib.crc32(f"{cxx}{nvcc}{gencode}{torch.__version__}".encode())
         newest_header = max(p.stat().st_mtime for p in (Path("setup.py"), *CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")))
 
         def compile_one(source: str) -> Path:
             target = temp / f"{source.replace('/', '_')}.{stamp:08x}.o"
             if target.exists() and target.stat().st_mtime > max(newest_header, Path(source).stat().st_mtime):
                 return target
-            report = run(*(nvcc if source.endswith(".cu") else cxx), "-c", source, "-o", target)
+            report = run(*((*nvcc, *gencode.values()) if source.endswith(".cu") else cxx), "-c", source, "-o", target)
             target.with_suffix(".txt").write_text(report)  # warnings; of CUDA sources also registers and spills
             return target
 
@@ -83,7 +79,7 @@ class BuildExtension(build_ext):
             objects = list(pool.map(compile_one, ext.sources))
         (output := Path(self.get_ext_fullpath(ext.name))).parent.mkdir(parents=True, exist_ok=True)
         # libtorch.so is needed though nothing refers to it: it brings libtorch_cuda, where the current stream is.
-        libraries = ["-Xlinker", "--no-as-needed", f"-L{torch_root}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
+        libraries = ["-Xlinker", "--no-as-needed", f"-L{torch.__path__[0]}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
         run(NVCC if BUILD == "cuda" else CXX, "-shared", "-o", output, *objects, *libraries)
 
 

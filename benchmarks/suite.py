@@ -86,7 +86,8 @@ def provider_name(backend: str) -> str:
 def run_case(case: cases.Case, options: Options, report: Report = lambda stage, done, total: None) -> list[dict]:
     """Measure one case and return its rows, eager first. A row that is not "ok" carries no speed."""
     report("build", 0, 1)
-    torch._dynamo.reset()  # deep copies share its cache: a variant could silently reuse another one's graph
+    if options.compile:
+        torch.compiler.reset()  # deep copies share its cache: a variant could silently reuse another one's graph
     base = _baseline(case.model, options.seed)
     batch, exact = _work(case, options, base)
     providers, failures = _providers(case, options, base, batch)

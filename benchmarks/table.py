@@ -47,7 +47,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 
 LEGEND = (
-    "ms: median of interleaved rounds.  peak: share of the matrix rate measured in the same run.  "
+    "ms: median of interleaved rounds.  peak: share of the fastest plain matrix product measured in the same run.  "
     "max error: logits against fp64; error ratio: the same as a multiple of eager's own.  "
     "+MiB: memory one forward pass adds at its highest."
 )

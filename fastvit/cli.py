@@ -4,12 +4,13 @@ Tables and a progress bar in a terminal, plain aligned rows when piped, JSON on 
 """
 
 import difflib
+import functools
 import importlib
 import json as json_module
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -179,21 +180,29 @@ def bench(
         repeats=repeats or None,
         seed=seed,
     )
-    rows: list[dict] = []
-    with _as_usage_errors(photos.ImageError), _progress(len(wanted)) as step:
-        for number, case in enumerate(wanted):
-            title = f"{case.model} batch {case.batch} {case.dtype}"
-            measured = suite.run_case(case, options, lambda *stage: step(number, title, *stage))  # noqa: B023
-            rows += measured
-            if csv is not None:
-                tables.write(csv, measured)  # case by case: what was measured survives an interruption
-    with _as_usage_errors(ValueError):
-        if plot is not None:
-            charts.draw(rows, plot)
+    with _as_usage_errors(photos.ImageError):
+        rows = _measure(suite, wanted, options, keep=(lambda new: tables.write(csv, new)) if csv else None)
+    if plot is not None:
+        charts.draw(rows, plot)
     _show(table, rows, left_out, json)
     failed = sorted({row["provider"] for row in rows if row["status"] != "ok"})
     if failed:
         raise UsageError(f"bench: {', '.join(failed)} FAILED, see above")
+
+
+def _measure(
+    suite: Any, wanted: Sequence[Any], options: Any, keep: Callable[[list[dict]], object] | None
+) -> list[dict]:
+    """Run the cases under a progress bar; rows are kept case by case, so that an interruption loses only one."""
+    rows: list[dict] = []
+    with _progress(len(wanted)) as step:
+        for number, case in enumerate(wanted):
+            title = f"{case.model} batch {case.batch} {case.dtype}"
+            measured = suite.run_case(case, options, functools.partial(step, number, title))
+            rows += measured
+            if keep is not None:
+                keep(measured)
+    return rows
 
 
 def _cases(cases: Any, model: list[str] | None, batch: list[str] | None, dtype: list[str] | None) -> list[Any]:

@@ -149,14 +149,16 @@ def restore(model: Model) -> Model:
 def accelerated(model: Model, **options: bool) -> Iterator[Model]:
     """``with accelerated(model):`` accelerates inside the block and restores the model behind it.
 
-    Takes :func:`accelerate`'s options. A model that was accelerated before stays so.
+    Takes :func:`accelerate`'s options. A model that was accelerated before is so again behind the block.
     """
-    before = {module: module.__dict__[_MARK] for module in model.modules() if _MARK in module.__dict__}
+    _check_model("accelerated", model)
+    before = [(m, m.__dict__["forward"], m.__dict__[_MARK]) for m in model.modules() if _MARK in m.__dict__]
     try:
         yield accelerate(model, **options)
     finally:
-        if not before:
-            restore(model)
+        restore(model)
+        for module, forward, marked in before:
+            module.__dict__.update({"forward": forward, _MARK: marked})
 
 
 # op -> the arguments of a smallest call for tensors like this one

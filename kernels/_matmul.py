@@ -92,6 +92,7 @@ def linear(x, weight, bias, layer_scale, residual, activation, keep_preact, norm
             ACTIVATION=activation, HAS_BIAS=bias is not None, HAS_LAYER_SCALE=layer_scale is not None,
             HAS_RESIDUAL=residual is not None, KEEP_PREACT=keep_preact, HAS_NORM=norm is not None,
             HAS_NORM_WEIGHT=norm_weight is not None, HAS_NORM_BIAS=norm_bias is not None,
-            EVEN_K=depth % tile.BLOCK_K == 0, WIDE=_device.wide((*strides, width)), GROUP_M=_tuning.GROUP_M, **vars(tile),
+            EVEN_K=depth % tile.BLOCK_K == 0, WIDE=_device.wide((*strides, width)),
+            GROUP_M=_tuning.GROUP_M, **vars(tile),
         )  # fmt: skip
     return y, preact

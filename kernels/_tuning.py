@@ -2,8 +2,8 @@
 
 Not tuned yet: the numbers are the largest round ones with which every kernel compiles for sm_80, sm_90, sm_100 and
 gfx942 without a register spill and within 99 KiB of shared memory (64 KiB on AMD), so that consumer chips can too.
-`tests/test_aot.py` holds them to that. Tables are keyed by vendor and by the bytes of an element: four-byte operands go
-through plain multiply-adds (`input_precision="ieee"`), not through a matrix unit, and want smaller tiles.
+`tests/test_aot.py` holds them to that. Tables are keyed by chip (`_device.chip`) and by the bytes of an element: four-byte
+operands go through plain multiply-adds on NVIDIA (`input_precision="ieee"`), not a matrix unit, and want smaller tiles.
 """
 
 from __future__ import annotations
@@ -54,30 +54,39 @@ NARROW_ROW = 1024
 # Row tiles that share a band of the weight are launched next to one another, so that the band stays in the L2 cache.
 GROUP_M = 8
 
-PRODUCT = {
-    # 96 KiB in three stages; 8 warps hold 64 fp32 sums a thread (128 with 4 warps leaves too little for the epilogue).
-    ("cuda", 2): Product(128, 128, 64, num_warps=8, num_stages=3),
-    # Plain multiply-adds: 16 sums a thread; a longer BLOCK_K unrolls into more live operands than there are registers.
-    ("cuda", 4): Product(64, 64, 16, num_warps=8, num_stages=2),
-    # 64 KiB of local memory: one buffer of 32 KiB, the next tile travels in registers.
-    ("hip", 2): Product(128, 128, 64, num_warps=8, num_stages=2),
-    ("hip", 4): Product(64, 64, 16, num_warps=8, num_stages=2),
-}
+# Three stages of 128 x 64 twice are 96 KiB; 8 warps hold 64 fp32 sums a thread, 4 would leave the epilogue too little.
+_MATRIX_UNIT = Product(128, 128, 64, num_warps=8, num_stages=3)
+# Rows that are not read 16 bytes at a time cost an address and a mask for each element.
+_MATRIX_UNIT_UNALIGNED = Product(64, 128, 32, num_warps=8, num_stages=3)
+# 16 sums a thread. With two stages ptxas aims at 80 registers and spills two of them; with three it doesn't.
+_MULTIPLY_ADD = Product(64, 64, 16, num_warps=8, num_stages=3)
+_MULTIPLY_ADD_UNALIGNED = Product(64, 64, 16, num_warps=4, num_stages=2)
+# 64 KiB of local memory: one buffer of 32 KiB, while the next tile travels in registers.
+_AMD = Product(128, 128, 64, num_warps=8, num_stages=2)
+_AMD_UNALIGNED = Product(64, 128, 32, num_warps=8, num_stages=2)
 
-# Rows that are not read 16 bytes at a time: an address and a mask for each element, so half the elements.
-PRODUCT_UNALIGNED = {
-    ("cuda", 2): Product(64, 128, 32, num_warps=8, num_stages=2),
-    ("cuda", 4): Product(64, 64, 16, num_warps=8, num_stages=2),
-    ("hip", 2): Product(64, 128, 32, num_warps=8, num_stages=2),
-    ("hip", 4): Product(64, 64, 16, num_warps=8, num_stages=2),
+# By chip, bytes of an element, and whether rows are read 16 bytes at a time.
+PRODUCT = {
+    ("sm_80", 2, True): _MATRIX_UNIT,
+    ("sm_80", 2, False): _MATRIX_UNIT_UNALIGNED,
+    ("sm_80", 4, True): _MULTIPLY_ADD,
+    ("sm_80", 4, False): _MULTIPLY_ADD_UNALIGNED,
+    ("sm_90", 2, True): _MATRIX_UNIT,
+    ("sm_90", 2, False): _MATRIX_UNIT_UNALIGNED,
+    ("sm_90", 4, True): _MULTIPLY_ADD,
+    ("sm_90", 4, False): _MULTIPLY_ADD_UNALIGNED,
+    ("hip", 2, True): _AMD,
+    ("hip", 2, False): _AMD_UNALIGNED,
+    ("hip", 4, True): _MULTIPLY_ADD,
+    ("hip", 4, False): _MULTIPLY_ADD_UNALIGNED,
 }
 
 # A result of few rows (a class token, a classifier head) would leave half of a 128-row tile empty.
 FEW_ROWS = 64
 
-# Attention, by chip, bytes of an element and padded head width: most keys of one pass (0: always in tiles), then queries
-# and keys of a tile beyond it. A query's scores, their exponentials and its sums share a thread's 255 registers, so a wide
-# head leaves room for fewer keys. 256 keys hold ViT's 197: with 128 queries over 8 warps they fit sm_90, not sm_80.
+# Attention, by chip, bytes of an element and padded head width: most keys of one pass (0: always in tiles), then
+# queries and keys of a tile beyond it. A query's scores, their exponentials and its sums share a thread's 255 registers,
+# so a wide head leaves fewer keys. 256 hold ViT's 197: with 128 queries over 8 warps they fit sm_90, not sm_80.
 SCORES = {
     ("sm_80", 2): {16: (128, 64, 64), 32: (128, 64, 64), 64: (128, 64, 64), 128: (0, 64, 32), 256: (0, 32, 32)},
     # Width 256 with 64 queries overflows Blackwell's tensor memory, and Triton then compiles the kernel to a trap.
@@ -88,9 +97,12 @@ SCORES = {
     ("sm_90", 4): {16: (32, 32, 32), 32: (32, 32, 32), 64: (32, 32, 32), 128: (0, 16, 32), 256: (0, 16, 16)},
     ("hip", 4): {16: (32, 32, 32), 32: (32, 32, 32), 64: (32, 32, 32), 128: (0, 16, 32), 256: (0, 16, 16)},
 }
-# Keys of a tile, by padded head width, when each score also needs an address in the mask or each element of k and v one
-# of its own; twice the warps and no prefetch leave the registers for them.
-COSTLY_KEYS = {16: 32, 32: 32, 64: 32, 128: 32, 256: 16}
+# Queries, keys and warps of a tile, by bytes of an element and padded head width, when each score also needs an address
+# in the mask or each element of k and v one of its own; nothing is fetched ahead, for want of registers.
+COSTLY_SCORES = {
+    2: {16: (64, 32, 8), 32: (64, 32, 8), 64: (64, 32, 8), 128: (64, 32, 8), 256: (16, 16, 4)},
+    4: {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 32, 4), 256: (16, 16, 4)},
+}
 MAX_HEAD_DIM = 256
 
 
@@ -107,7 +119,7 @@ def rows(width: int) -> Rows:
 
 
 def product(chip: str, itemsize: int, row_count: int, aligned: bool) -> Product:
-    tile = PRODUCT[chip, itemsize] if aligned else PRODUCT_UNALIGNED[chip, itemsize]
+    tile = PRODUCT[chip, itemsize, aligned]
     if row_count > FEW_ROWS or tile.BLOCK_M <= FEW_ROWS:
         return tile
     return Product(FEW_ROWS, tile.BLOCK_N, tile.BLOCK_K, num_warps=4, num_stages=tile.num_stages)
@@ -118,9 +130,8 @@ def scores(chip: str, itemsize: int, head_dim: int, key_count: int, masked: bool
     most_keys, block_m, block_n = SCORES[chip, itemsize][block_e]
     warps, stages = 4, 2
     if masked or not aligned:
-        block_n = min(block_n, COSTLY_KEYS[block_e])
-        most_keys = min(most_keys, block_n)
-        warps, stages = 8, 1
+        block_m, block_n, warps = COSTLY_SCORES[itemsize][block_e]
+        most_keys, stages = min(most_keys, block_n), 1
     one_pass = key_count <= most_keys
     if one_pass:
         block_n = max(_power_of_two(key_count), 16)

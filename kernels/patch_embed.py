@@ -59,7 +59,7 @@ def _patch_embed_fwd_kernel(
             # Prefix rows must stay without pixels, and 0 * scale + shift is not 0.
             pixels = tl.where(inside, pixels.to(tl.float32) * scale + shift, 0.0)  # [BLOCK_M, BLOCK_K]
             if image_ptr.dtype.element_ty != dtype and dtype == tl.float32:
-                # On Blackwell a dot of something widened to fp32 ignores "ieee" and runs in tf32; a sum hides that it was.
+                # On Blackwell a dot of what was widened to fp32 ignores "ieee" and runs in tf32; a sum hides that.
                 pixels = tl.sum(pixels[:, :, None], axis=2)
             pixels = pixels.to(dtype)
         weight = tl.load(weight_block + start, mask=(k < K)[:, None] & column_inside[None, :], other=0.0)

@@ -69,7 +69,7 @@ class Row:
 
 
 def cases() -> Iterator[tuple[str, str, Callable[[torch.dtype], tuple]]]:
-    """(op, case, dtype -> launcher arguments): for each kernel the barest and the fullest call, and each separate path."""
+    """(op, case, dtype -> launcher arguments): for each kernel the barest and the fullest call, and each path."""
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -222,6 +222,8 @@ def describe(row: Row, compiled: Any) -> None:
         )
         row.spills = max(spilled)
     row.matrix_instruction = next((name for name in MATRIX_INSTRUCTIONS if name in text), "")
+    if re.search(r"^\s*trap;", text, re.MULTILINE):
+        raise RuntimeError("compiles to a trap")
     row.tf32 = "tf32" in text or "xf32" in text
 
 
@@ -252,15 +254,13 @@ def compile_all(only: str) -> list[Row]:
         rows = [row for future in futures for row in future.result()]
     forgotten = set(kernels()) - {row.kernel for row in rows}
     if forgotten and not only:
-        raise SystemExit(
-            f"no case launches {', '.join(sorted(forgotten))}: add one to cases() in {Path(__file__).name}"
-        )
+        raise SystemExit(f"no case launches {', '.join(sorted(forgotten))}: add one to cases()")
     return rows
 
 
 def table(rows: list[Row]) -> str:
-    head = f"{'kernel':<28}{'case':<26}{'dtype':<6}{'chip':<8}{'regs':>5}{'spill':>6}{'KiB':>6}  {'instruction':<11}{'s':>6}"
-    lines = [head]
+    columns = f"{'dtype':<6}{'chip':<8}{'regs':>5}{'spill':>6}{'KiB':>6}  {'instruction':<11}{'s':>6}"
+    lines = [f"{'kernel':<28}{'case':<26}{columns}"]
     for row in rows:
         lines.append(
             f"{row.kernel:<28}{row.case:<26}{row.dtype:<6}{row.chip:<8}{row.registers:>5}{row.spills:>6}"

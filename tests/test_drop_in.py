@@ -105,8 +105,8 @@ def test_twice_is_once_and_context_restores():
         assert bound(model) == once
     assert bound(model) == []
     fastvit.accelerate(model)
-    with fastvit.accelerated(model):
-        pass
+    with fastvit.accelerated(model, mlp=False):
+        assert bound(model) != once
     assert bound(model) == once
     fastvit.restore(fastvit.restore(model))
     assert torch.equal(model(x), want)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from harness import places
 from models import SMALL, images, randomize, small_timm, timm, timm_model
 from tolerances import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -91,6 +92,25 @@ def test_options(options):
     assert_same(theirs, ours, image_for(options))
     assert_same(theirs, ours, image_for(options), lambda m, x: m.forward_features(x))
     assert_same(theirs, ours, image_for(options), lambda m, x: m.forward_head(m.forward_features(x), pre_logits=True))
+
+
+@pytest.mark.parametrize("place", places("attention"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_backend_runs_the_whole_model(place, dtype):
+    theirs, ours = (m.to(dtype) for m in pair(init_values=0.1, reg_tokens=1))
+    x = image_for({}).to(dtype)
+    exact = copy.deepcopy(theirs).double()
+    leaves = [ours.to(place.device), theirs, exact]
+    dy = torch.randn(2, 11).to(dtype)
+    outputs = []
+    for model, image in zip(leaves, (x.to(place.device), x, x.double()), strict=True):
+        with fastvit.backend(place.backend):
+            y = model(image)
+            (y * dy.to(y)).sum().backward()
+        outputs.append(y.detach())
+    assert_close("logits", outputs[0], outputs[2], outputs[1])
+    for (name, got), base, want in zip(ours.named_parameters(), theirs.parameters(), exact.parameters(), strict=True):
+        assert_close(name, got.grad, want.grad, base.grad, gradient=True)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

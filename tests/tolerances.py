@@ -22,7 +22,7 @@ class Rule:
 LOW_FORWARD = Rule(largest=2.0, norm=1.5, slack=1e-5)
 LOW_GRADIENT = Rule(largest=3.0, norm=2.0, slack=1e-4, cosine=0.9999)
 FP32 = Rule(largest=4.0, norm=4.0, slack=1e-6)
-FP64 = Rule(largest=4.0, norm=4.0, slack=1e-13)
+FP64 = Rule(largest=4.0, norm=4.0, slack=1e-12)
 
 
 def rule(dtype: torch.dtype, gradient: bool) -> Rule:

@@ -5,12 +5,24 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FASTVIT_X86 1
+#pragma GCC diagnostic push
+#if !defined(__clang__)
+// GCC 12 warns about its own intrinsics (bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #else
 #define FASTVIT_X86 0
 #endif
 
 #ifdef FASTVIT_KERNELS
+
+#if defined(__GNUC__)
+// Vectors wider than the baseline's registers appear only in functions that are inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
 
 #include <cmath>
 #include <cstdint>

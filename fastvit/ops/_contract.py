@@ -4,6 +4,7 @@ An op is registered once. Its schema is the launchers' signature plus the backen
 its own, so asking for a second derivative raises instead of being silently wrong.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -123,7 +124,12 @@ def register(
     """
     forward_op = torch.library.custom_op(f"fastvit::{name}", forward, mutates_args=())
     forward_op.register_fake(fake)
-    forward_op.register_autograd(autograd, setup_context=setup_context)
+    inputs = len(inspect.signature(forward).parameters)
+
+    def unless_unused(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return (None,) * inputs if all(g is None for g in grads) else autograd(ctx, *grads)
+
+    forward_op.register_autograd(unless_unused, setup_context=setup_context)
     backward_op = torch.library.custom_op(f"fastvit::{name}_backward", backward, mutates_args=())
     backward_op.register_fake(backward_fake)
     return forward_op, backward_op
