@@ -29,7 +29,7 @@ lint: $(VENV)/.installed ## ruff, mypy, clang-format
 	$(py) -m ruff check .
 	$(py) -m ruff format --check .
 	$(py) -m mypy
-	PATH="$(VENV)/bin:$$PATH" clang-format --dry-run -Werror $(filter %.h %.cpp %.cuh %.cu,$(sources))
+	@echo "clang-format on csrc" && PATH="$(VENV)/bin:$$PATH" clang-format --dry-run -Werror $(filter %.h %.cpp %.cuh %.cu,$(sources))
 
 test: $(VENV)/.built ## every test (ARGS="-k attention" for some)
 	$(py) -m pytest $(ARGS)
@@ -92,7 +92,7 @@ export write_constraints
 
 $(VENV)/.installed: pyproject.toml setup.py $(VENV)/.torch
 	@echo "installing fastvit and its tools"
-	@FASTVIT_BUILD=none $(pip) -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
+	@FASTVIT_BUILD=none PYTHONWARNINGS=ignore $(pip) -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 # Without a compiler or Python's headers fastvit is pure Python: that is said, and is no error. A failed compilation is one.

@@ -5,7 +5,6 @@
 
 #include "cpu/isa.h"
 
-
 STABLE_TORCH_LIBRARY(fastvit_native, m) {
   m.def(
       "layer_norm(Tensor x, Tensor? residual, Tensor? layer_scale, Tensor? weight, Tensor? bias, float eps) "

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .settings import SETTINGS
+from .tracing import constant
 
 BACKENDS = ("reference", "triton", "cuda", "cpu")
 
@@ -72,7 +73,7 @@ def _check_backend(name: object) -> str:
 _default = _check_backend(SETTINGS.backend)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _load(op: str, backend: str) -> str:
     """Import an implementation into ``_loaded``; returns why that failed, or an empty string."""
     key = f"{backend}.{op}"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .settings import SETTINGS
+from .tracing import constant
 
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -22,7 +23,7 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 _failure: dict[str, str] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _load() -> str:
     """Load the extension once; why that failed, or an empty string."""
     if "reason" not in _failure:
@@ -52,7 +53,7 @@ def build_info() -> dict[str, Any]:
     return importlib.import_module("fastvit._C").build_info()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _why_unavailable(device_type: str) -> str:
     failure = _load()
     if failure or device_type == "cpu":

@@ -2,8 +2,9 @@
 
 Not tuned yet: the numbers are the largest round ones with which every kernel compiles for sm_80, sm_90, sm_100 and
 gfx942 without a register spill and within 99 KiB of shared memory (64 KiB on AMD), so that consumer chips can too.
-`tests/test_aot.py` holds them to that. Tables are keyed by chip (`_device.chip`) and by the bytes of an element: four-byte
-operands go through plain multiply-adds on NVIDIA (`input_precision="ieee"`), not a matrix unit, and want smaller tiles.
+`tests/test_aot.py` holds them to that. Tables are keyed by chip (`_device.chip`) and by the bytes of an element:
+four-byte operands go through plain multiply-adds on NVIDIA (`input_precision="ieee"`), not a matrix unit, and want
+smaller tiles.
 """
 
 from __future__ import annotations
@@ -58,9 +59,8 @@ GROUP_M = 8
 _MATRIX_UNIT = Product(128, 128, 64, num_warps=8, num_stages=3)
 # Rows that are not read 16 bytes at a time cost an address and a mask for each element.
 _MATRIX_UNIT_UNALIGNED = Product(64, 128, 32, num_warps=8, num_stages=3)
-# 16 sums a thread. With two stages ptxas aims at 80 registers and spills two of them; with three it doesn't.
-_MULTIPLY_ADD = Product(64, 64, 16, num_warps=8, num_stages=3)
-_MULTIPLY_ADD_UNALIGNED = Product(64, 64, 16, num_warps=4, num_stages=2)
+# 32 sums a thread. With 8 warps ptxas aims at 80 registers, for a third block on the chip, and spills two of them.
+_MULTIPLY_ADD = Product(64, 64, 16, num_warps=4, num_stages=2)
 # 64 KiB of local memory: one buffer of 32 KiB, while the next tile travels in registers.
 _AMD = Product(128, 128, 64, num_warps=8, num_stages=2)
 _AMD_UNALIGNED = Product(64, 128, 32, num_warps=8, num_stages=2)
@@ -70,23 +70,23 @@ PRODUCT = {
     ("sm_80", 2, True): _MATRIX_UNIT,
     ("sm_80", 2, False): _MATRIX_UNIT_UNALIGNED,
     ("sm_80", 4, True): _MULTIPLY_ADD,
-    ("sm_80", 4, False): _MULTIPLY_ADD_UNALIGNED,
+    ("sm_80", 4, False): _MULTIPLY_ADD,
     ("sm_90", 2, True): _MATRIX_UNIT,
     ("sm_90", 2, False): _MATRIX_UNIT_UNALIGNED,
     ("sm_90", 4, True): _MULTIPLY_ADD,
-    ("sm_90", 4, False): _MULTIPLY_ADD_UNALIGNED,
+    ("sm_90", 4, False): _MULTIPLY_ADD,
     ("hip", 2, True): _AMD,
     ("hip", 2, False): _AMD_UNALIGNED,
     ("hip", 4, True): _MULTIPLY_ADD,
-    ("hip", 4, False): _MULTIPLY_ADD_UNALIGNED,
+    ("hip", 4, False): _MULTIPLY_ADD,
 }
 
 # A result of few rows (a class token, a classifier head) would leave half of a 128-row tile empty.
 FEW_ROWS = 64
 
 # Attention, by chip, bytes of an element and padded head width: most keys of one pass (0: always in tiles), then
-# queries and keys of a tile beyond it. A query's scores, their exponentials and its sums share a thread's 255 registers,
-# so a wide head leaves fewer keys. 256 hold ViT's 197: with 128 queries over 8 warps they fit sm_90, not sm_80.
+# queries and keys of a tile beyond it. A query's scores, their exponentials and its sums share a thread's registers, so
+# a wide head leaves fewer keys. 256 hold ViT's 197: with 128 queries over 8 warps they fit sm_90, not sm_80.
 SCORES = {
     ("sm_80", 2): {16: (128, 64, 64), 32: (128, 64, 64), 64: (128, 64, 64), 128: (0, 64, 32), 256: (0, 32, 32)},
     # Width 256 with 64 queries overflows Blackwell's tensor memory, and Triton then compiles the kernel to a trap.
@@ -100,8 +100,8 @@ SCORES = {
 # Queries, keys and warps of a tile, by bytes of an element and padded head width, when each score also needs an address
 # in the mask or each element of k and v one of its own; nothing is fetched ahead, for want of registers.
 COSTLY_SCORES = {
-    2: {16: (64, 32, 8), 32: (64, 32, 8), 64: (64, 32, 8), 128: (64, 32, 8), 256: (16, 16, 4)},
-    4: {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 32, 4), 128: (16, 32, 4), 256: (16, 16, 4)},
+    2: {16: (64, 32, 8), 32: (64, 32, 8), 64: (64, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
+    4: {16: (32, 16, 4), 32: (32, 16, 4), 64: (32, 16, 4), 128: (16, 32, 8), 256: (16, 16, 4)},
 }
 MAX_HEAD_DIM = 256
 

@@ -8,8 +8,8 @@ namespace fastvit {
 
 enum class MaskKind { none, boolean, additive, additive_float };
 
-// q (B, H, N, E), k and v (B, H, S, E) with contiguous E and strides of B, H and N or S; mask (B, H, N, S), any strides;
-// out (B, N, H, E) and lse (B, H, N) contiguous.
+// q (B, H, N, E), k and v (B, H, S, E) with contiguous E and strides of B, H and N or S; mask (B, H, N, S), any
+// strides; out (B, N, H, E) and lse (B, H, N) contiguous.
 template <class T>
 struct AttentionArgs {
   using A = accumulator_t<T>;

@@ -148,7 +148,8 @@ void visible_sum(const AttentionArgs<T>& g, const T* v, const void* mask, int64_
   for (int64_t e = 0; e < g.head_dim; e += kLanes<A>) {
     Vec<A> sum{};
     for (int64_t key = 0; key < keys; key++)
-      if (visible(g, mask, query, key)) sum += load(v + key * g.v_strides[2] + e, g.head_dim - e) * probability[key * width];
+      if (visible(g, mask, query, key))
+        sum += load(v + key * g.v_strides[2] + e, g.head_dim - e) * probability[key * width];
     store(out + e, sum * inverse, g.head_dim - e);
   }
 }
@@ -165,12 +166,13 @@ void product_with_values(const AttentionArgs<T>& g, const HeadBuffers<T>& buffer
     const int64_t first = count * t / tiles, rows = count * (t + 1) / tiles - first;
     for (int64_t e = 0; e < g.head_dim; e += kPanel<A>) {
       const int vectors = padded - e >= kPanel<A> ? kPanelVectors : 1;
-      const auto micro = vectors == kPanelVectors ? micro_of<T, kPanelVectors, width>(rows) : micro_of<T, 1, width>(rows);
+      const auto micro =
+          vectors == kPanelVectors ? micro_of<T, kPanelVectors, width>(rows) : micro_of<T, 1, width>(rows);
       micro(buffers.scores + first, buffers.values + e, padded, units, sums);
       for (int64_t i = 0; i < rows; i++)
         for (int j = 0; j < vectors && e + j * lanes < g.head_dim; j++)
-          store(out + (first + i) * row_stride + e + j * lanes, load(sums + (i * vectors + j) * lanes) * inverse[first + i],
-                g.head_dim - e - j * lanes);
+          store(out + (first + i) * row_stride + e + j * lanes,
+                load(sums + (i * vectors + j) * lanes) * inverse[first + i], g.head_dim - e - j * lanes);
     }
   }
 }
@@ -185,7 +187,8 @@ void attend(const AttentionArgs<T>& g, const HeadBuffers<T>& buffers, int64_t ba
   const int64_t keys = g.causal && query + count < g.keys ? query + count : g.keys;
   const T* q = g.q + batch * g.q_strides[0] + head * g.q_strides[1] + query * g.q_strides[2];
   for (int v = 0; v < NV; v++)
-    pack(q + v * lanes * g.q_strides[2], g.q_strides[2], count - v * lanes, g.head_dim, buffers.queries + v * lanes, width);
+    pack(q + v * lanes * g.q_strides[2], g.q_strides[2], count - v * lanes, g.head_dim, buffers.queries + v * lanes,
+         width);
   for (int64_t key = 0, t = 0; key < keys; key += tile_rows, t++) {
     const int64_t rows = keys - key < tile_rows ? keys - key : tile_rows;
     micro_of<T, NV, tile_rows>(rows)(buffers.keys + t * tile_stride<A>(units), buffers.queries, width, units,

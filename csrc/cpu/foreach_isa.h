@@ -101,13 +101,11 @@ namespace fastvit::avx512_bf16 {
 #undef FASTVIT_ISA
 
 // The address of one function in the namespace of the active instruction set.
-#define FASTVIT_SELECT(...)                                                  \
-  (::fastvit::active_isa() == ::fastvit::Isa::avx512_bf16                    \
-       ? &::fastvit::avx512_bf16::__VA_ARGS__                                \
-       : ::fastvit::active_isa() == ::fastvit::Isa::avx512                   \
-             ? &::fastvit::avx512::__VA_ARGS__                               \
-             : ::fastvit::active_isa() == ::fastvit::Isa::avx2 ? &::fastvit::avx2::__VA_ARGS__ \
-                                                               : &::fastvit::portable::__VA_ARGS__)
+#define FASTVIT_SELECT(...)                                                                      \
+  (::fastvit::active_isa() == ::fastvit::Isa::avx512_bf16 ? &::fastvit::avx512_bf16::__VA_ARGS__ \
+   : ::fastvit::active_isa() == ::fastvit::Isa::avx512    ? &::fastvit::avx512::__VA_ARGS__      \
+   : ::fastvit::active_isa() == ::fastvit::Isa::avx2      ? &::fastvit::avx2::__VA_ARGS__        \
+                                                          : &::fastvit::portable::__VA_ARGS__)
 #else
 #define FASTVIT_SELECT(...) (&::fastvit::portable::__VA_ARGS__)
 #endif

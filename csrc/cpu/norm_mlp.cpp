@@ -1,6 +1,5 @@
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <string>
 #include <tuple>
 
@@ -13,34 +12,29 @@ namespace {
 
 constexpr const char* kOp = "norm_mlp";
 
-// Rows that go through all three steps together, so that the hidden activations never leave the cache.
-constexpr int64_t kBlockRows = 448;
-
+// A block of rows goes through all three steps before the next, so that the hidden activations stay in the cache.
 template <class T>
-void norm_mlp_rows(LayerNormArgs<T> norm, GemmArgs<T> fc1, GemmArgs<T> fc2, int64_t m) {
-  const int64_t block = std::min(m, kBlockRows), width = norm.width, hidden = fc1.n;
-  const Scratch normed(block * width * sizeof(T)), activated(block * hidden * sizeof(T));
-  for (int64_t row = 0; row < m; row += block) {
-    const int64_t rows = std::min(block, m - row);
-    norm.y = normed.as<T>();
-    norm.y_stride = width;
-    parallel_for(rows, 16384 / (width + 1) + 1, [&](int64_t begin, int64_t end) { layer_norm_rows(norm, begin, end); });
-    fc1.x = norm.y;
-    fc1.x_stride = width;
-    fc1.y = activated.as<T>();
-    fc1.y_stride = hidden;
-    fc2.x = fc1.y;
-    fc2.x_stride = hidden;
-    fc1.m = fc2.m = rows;
-    gemm(fc1);
-    gemm(fc2);
-    norm.x += block * norm.x_stride;
-    if (norm.mean) norm.mean += block;
-    if (norm.rstd) norm.rstd += block;
-    if (fc1.preact) fc1.preact += block * fc1.preact_stride;
-    if (fc2.residual) fc2.residual += block * fc2.residual_stride;
-    fc2.y += block * fc2.y_stride;
-  }
+void norm_mlp_block(LayerNormArgs<T> norm, GemmArgs<T> fc1, GemmArgs<T> fc2, int64_t first, int64_t rows) {
+  const int64_t width = norm.width, hidden = fc1.n;
+  const Scratch normed(rows * width * sizeof(T)), activated(rows * hidden * sizeof(T));
+  norm.x += first * norm.x_stride;
+  norm.y = normed.as<T>();
+  norm.y_stride = width;
+  if (norm.mean) norm.mean += first;
+  if (norm.rstd) norm.rstd += first;
+  parallel_for(rows, 16384 / (width + 1) + 1, [&](int64_t begin, int64_t end) { layer_norm_rows(norm, begin, end); });
+  fc1.m = fc2.m = rows;
+  fc1.x = norm.y;
+  fc1.x_stride = width;
+  fc1.y = activated.as<T>();
+  fc1.y_stride = hidden;
+  if (fc1.preact) fc1.preact += first * fc1.preact_stride;
+  gemm(fc1);
+  fc2.x = fc1.y;
+  fc2.x_stride = hidden;
+  if (fc2.residual) fc2.residual += first * fc2.residual_stride;
+  fc2.y += first * fc2.y_stride;
+  gemm(fc2);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_mlp(const Tensor& x, const OptionalTensor& norm_weight,
@@ -95,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_mlp(const Tensor& x, const Optio
       fc1.preact = data<T>(preact);
       fc1.preact_stride = hidden;
     }
-    norm_mlp_rows(norm, fc1, fc2, m);
+    for_row_blocks(m, [&](int64_t first, int64_t rows) { norm_mlp_block(norm, fc1, fc2, first, rows); });
   });
   return {y, mean, rstd, preact};
 }

@@ -52,7 +52,8 @@ Tensor patch_embed(const Tensor& image, const Tensor& weight, const OptionalTens
                 kOp, ": the image must have the weight's channels and whole patches");
   FASTVIT_CHECK(weight.is_contiguous() && image.device() == weight.device(), kOp,
                 ": weight must be contiguous and on the image's device");
-  FASTVIT_CHECK(bytes || image.scalar_type() == weight.scalar_type(), kOp, ": image must be uint8 or of weight's dtype");
+  FASTVIT_CHECK(bytes || image.scalar_type() == weight.scalar_type(), kOp,
+                ": image must be uint8 or of weight's dtype");
   FASTVIT_CHECK(pixel_scale.has_value() == pixel_shift.has_value() && (pixel_scale || !bytes), kOp,
                 ": pixel_scale and pixel_shift come together, and always with a uint8 image");
   const int64_t grid_rows = image.size(2) / patch_height, grid_columns = image.size(3) / patch_width;

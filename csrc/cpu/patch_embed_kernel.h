@@ -28,15 +28,16 @@ void gather_patches(const PatchArgs<T>& g, int64_t begin, int64_t end) {
   const int64_t per_image = g.rows * g.columns, size = g.channels * g.patch_height * g.patch_width;
   for (int64_t patch = begin; patch < end; patch++) {
     const int64_t row = patch % per_image / g.columns, column = patch % g.columns;
-    const int64_t origin = patch / per_image * g.strides[0] + row * g.patch_height * g.strides[2] +
-                           column * g.patch_width * g.strides[3];
+    const int64_t origin =
+        patch / per_image * g.strides[0] + row * g.patch_height * g.strides[2] + column * g.patch_width * g.strides[3];
     T* dst = g.patches + (patch - begin) * size;
     for (int64_t c = 0; c < g.channels; c++)
       for (int64_t p = 0; p < g.patch_height; p++, dst += g.patch_width) {
         const int64_t offset = origin + c * g.strides[1] + p * g.strides[2];
         const float scale = g.scale ? g.scale[c] : 1.0f, shift = g.shift ? g.shift[c] : 0.0f;
         if (g.bytes)
-          gather_run<T>(static_cast<const uint8_t*>(g.image) + offset, g.strides[3], g.patch_width, true, scale, shift, dst);
+          gather_run<T>(static_cast<const uint8_t*>(g.image) + offset, g.strides[3], g.patch_width, true, scale, shift,
+                        dst);
         else
           gather_run<T>(static_cast<const T*>(g.image) + offset, g.strides[3], g.patch_width, g.scale != nullptr, scale,
                         shift, dst);

@@ -26,8 +26,8 @@ template <class T>
 void launch_dtype(const LayerNorm& g, cudaStream_t stream) {
   constexpr int VEC = 16 / sizeof(T);
   uintptr_t bits = 0;
-  for (const void* p : {g.x, g.residual, g.layer_scale, g.weight, g.bias, const_cast<const void*>(g.y),
-                        const_cast<const void*>(g.z)})
+  for (const void* p :
+       {g.x, g.residual, g.layer_scale, g.weight, g.bias, const_cast<const void*>(g.y), const_cast<const void*>(g.z)})
     bits |= reinterpret_cast<uintptr_t>(p);
   const bool aligned = bits % 16 == 0 && (g.x_stride | g.residual_stride | g.width) % VEC == 0;
   aligned ? launch_rows<T, VEC>(g, stream) : launch_rows<T, 1>(g, stream);

@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(WARPS * 32) layer_norm_block_kernel(LayerNorm 
   __shared__ float shared[WARPS];
   const float width = static_cast<float>(g.width);
   for (int64_t row = blockIdx.x; row < g.rows; row += gridDim.x) {
-    const T* z = g.residual ? static_cast<const T*>(g.z) + row * g.width
-                            : static_cast<const T*>(g.x) + row * g.x_stride;
+    const T* z =
+        g.residual ? static_cast<const T*>(g.z) + row * g.width : static_cast<const T*>(g.x) + row * g.x_stride;
     float v[VEC];
     float sum = 0, remainder = 0, squares = 0;
     for (int64_t column = threadIdx.x * VEC; column < g.width; column += STEP) {

@@ -6,8 +6,8 @@ namespace fastvit::cuda {
 
 enum class Dtype { float32, float16, bfloat16 };
 
-// y = LN(z) with z = x, or z = residual + layer_scale * x rounded to the dtype and written to z. Strides are of rows, in
-// elements; y and z are contiguous.
+// y = LN(z) with z = x, or z = residual + layer_scale * x rounded to the dtype and written to z. Strides are of rows,
+// in elements; y and z are contiguous.
 struct LayerNorm {
   const void* x;
   const void* residual;
