@@ -21,8 +21,6 @@ FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -DTORCH_
 
 
 def choose_build() -> tuple[str, str]:
-    if REQUESTED == "none":
-        return "none", "FASTVIT_BUILD=none"
     try:
         import pybind11  # noqa: F401
         import torch
@@ -60,7 +58,8 @@ class BuildExtension(build_ext):
 
         (temp := Path(self.build_temp)).mkdir(parents=True, exist_ok=True)
         gencode = cuda_architectures() if BUILD == "cuda" else {}
-        paths = (CSRC, f"{torch.__path__[0]}/include", pybind11.get_include(), *self.include_dirs)
+        # torch brings a pybind11 of its own, which refuses to be compiled with the stable ABI: the installed one first.
+        paths = (CSRC, pybind11.get_include(), f"{torch.__path__[0]}/include", *self.include_dirs)
         defines = [f'-DFASTVIT_VERSION="{self.distribution.get_version()}"', f'-DFASTVIT_CUDA="{" ".join(gencode)}"']
         cxx = [CXX, *FLAGS.split(), *defines, *(f"-I{path}" for path in paths)]
         nvcc = [NVCC, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", f"-I{CSRC}"]
@@ -83,7 +82,7 @@ class BuildExtension(build_ext):
         run(NVCC if BUILD == "cuda" else CXX, "-shared", "-o", output, *objects, *libraries)
 
 
-BUILD, REASON = choose_build()
+BUILD, REASON = ("none", "FASTVIT_BUILD=none") if REQUESTED == "none" else choose_build()
 if REQUESTED not in ("", BUILD):
     raise SystemExit(f"fastvit: FASTVIT_BUILD={REQUESTED} cannot be served: {REASON or 'choose cuda, cpu or none'}")
 if BUILD == "none":

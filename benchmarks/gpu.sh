@@ -31,11 +31,15 @@ step() { # name, seconds, log, command...
 }
 
 rm -f "$OUT"/{build,tests,bench}.log "$OUT"/info.json "$OUT"/rows.{csv,png}
-step build 140 build.log "$PYTHON" setup.py build_ext --inplace
-step info 30 info.json "$PYTHON" -m fastvit info --json
-step tests 160 tests.log "$PYTHON" -m pytest tests -q --durations=10 ${PYTEST_ARGS:-}
+# Tests that concern no GPU stay away, and a new torch's warnings must not cost a run. Compiling kernels is most of a
+# test's time, hence several processes where pytest-xdist is installed.
+parallel=$("$PYTHON" -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null)
+elsewhere=(--ignore=tests/test_aot.py --ignore=tests/test_install.py --ignore=tests/test_architecture.py)
+step build 100 build.log "$PYTHON" setup.py build_ext --inplace
+step info 20 info.json "$PYTHON" -m fastvit info --json
+step tests 240 tests.log "$PYTHON" -m pytest tests -q -W default --durations=10 "${elsewhere[@]}" $parallel ${PYTEST_ARGS:-}
 # The rows are written case by case: what was measured before a time-out is kept and drawn.
-step bench 170 bench.log "$PYTHON" -m fastvit bench --device cuda --repeats 20 --dtype bfloat16,float16 \
+step bench 160 bench.log "$PYTHON" -m fastvit bench --device cuda --repeats 20 --dtype bfloat16,float16 \
   --model vit_small_patch16_224,vit_base_patch16_224,vit_large_patch16_224 --batch 1,64,256 --csv "$OUT/rows.csv" "$@"
 if [ -f "$OUT/rows.csv" ]; then
   cat "$OUT/bench.log"

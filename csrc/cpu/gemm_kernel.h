@@ -49,7 +49,9 @@ void gemm_block(const GemmArgs<T>& g, int64_t first, int64_t rows) {
   const int64_t threads = thread_count();
   int64_t chunks = panels % threads == 0 ? 1 : (4 * threads + panels - 1) / panels;
   chunks = chunks < tiles ? chunks : tiles;
-  parallel_for(panels * chunks, 1, [&](int64_t begin, int64_t end) {
+  // Packing a panel costs about as much as 16 rows of x; less than a few million operations are not worth a thread.
+  const int64_t grain = 4000000 / (2 * panel_width * g.k * (rows / chunks + 16) + 1) + 1;
+  parallel_for(panels * chunks, grain, [&](int64_t begin, int64_t end) {
     const Scratch panel(units * panel_width * sizeof(A) + 64);
     alignas(64) A sums[tile_rows * panel_width];
     int64_t in_panel = -1;

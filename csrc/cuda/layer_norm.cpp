@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_cuda(const Tensor& x, cons
   args.width = width;
   args.eps = static_cast<float>(eps);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   const char* error = cuda::launch(args, dtype, stream);
   FASTVIT_CHECK(error == nullptr, kOp, ": CUDA launch failed: ", error ? error : "");
   return {y, z, mean, rstd};
