@@ -32,17 +32,16 @@ OPS: dict[str, tuple[str, ...]] = {
 _MODULES = {"triton": "fastvit.kernels.{op}", "cuda": "fastvit.native:cuda.{op}", "cpu": "fastvit.native:cpu.{op}"}
 _WHY_UNAVAILABLE = {"triton": "fastvit.kernels._device", "cuda": "fastvit.native", "cpu": "fastvit.native"}
 
-# What "auto" tries per device, in order, before the reference. The Triton GEMMs are untuned and cuBLAS serves the
-# reference's linear layers, so on a GPU auto takes Triton only where fusion saves memory traffic.
+# What "auto" tries per device, in order, before the reference.
 _AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": dict.fromkeys(OPS, ("cpu",)),
-    "cuda": {
-        "patch_embed": (),
-        "layer_norm": ("triton", "cuda"),
-        "attention": ("triton",),
-        "linear": (),
-        "norm_mlp": (),
-    },
+    "cuda": {op: tuple(name for name in names if name != "cpu") for op, names in OPS.items()},
+}
+
+# Measurements decide what auto takes. A backend without one is passed over, aloud, until somebody demands it.
+_UNMEASURED = {
+    name: f"it has not been measured on a GPU yet; `with fastvit.backend({name!r}):` runs it"
+    for name in ("triton", "cuda")
 }
 
 logger = logging.getLogger("fastvit")
@@ -130,7 +129,7 @@ def select(op: str, *args: Any) -> str:
             raise BackendError(f"fastvit.{op}: backend {name!r} was requested but {reason}")
         return name
     for candidate in _AUTO.get(args[0].device.type, {}).get(op, ()):
-        reason = why_not(op, args, candidate)
+        reason = _UNMEASURED.get(candidate) or why_not(op, args, candidate)
         if reason is None:
             return candidate
         _fall_back(op, candidate, reason)

@@ -85,7 +85,15 @@ def _row_statistics(x, columns, D, eps):
     """Mean and 1/sqrt(variance + eps) of the rows of x [BLOCK_M, BLOCK_D]: fp32, whole rows, zero beyond D."""
     mean = tl.sum(x, axis=1) / D  # [BLOCK_M]
     centred = tl.where(columns < D, x - mean[:, None], 0.0)  # [BLOCK_M, BLOCK_D]
-    return mean, tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    return _refined_statistics(mean, tl.sum(centred, axis=1), tl.sum(centred * centred, axis=1), D, eps)
+
+
+@triton.jit
+def _refined_statistics(mean, centred_sum, squares, D, eps):
+    """What the sum of the centred values says the mean missed; matters for rows far from 0."""
+    missed = centred_sum / D  # [BLOCK_M]
+    variance = tl.maximum(squares / D - missed * missed, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return mean + missed, tl.rsqrt(variance + eps)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import _device, _tuning
-from ._device import _row_statistics
+from ._device import _refined_statistics, _row_statistics
 
 
 def why_not(x, residual, layer_scale, weight, bias, eps) -> str | None:
@@ -65,12 +65,14 @@ def _layer_norm_fwd_kernel(
                                HAS_RESIDUAL, HAS_LAYER_SCALE)  # fmt: skip
         mean = tl.sum(total, axis=1) / D  # [BLOCK_M]
         total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        squares = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in range(0, D, BLOCK_D):
             z = _sum_tile(x_ptr, residual_ptr, layer_scale_ptr, rows, start + columns, M, D, stride_xm, stride_rm,
                           HAS_RESIDUAL, HAS_LAYER_SCALE)  # fmt: skip
             centred = tl.where(start + columns < D, z - mean[:, None], 0.0)
-            total += centred * centred
-        rstd = tl.rsqrt(tl.sum(total, axis=1) / D + eps)  # [BLOCK_M]
+            total += centred
+            squares += centred * centred
+        mean, rstd = _refined_statistics(mean, tl.sum(total, axis=1), tl.sum(squares, axis=1), D, eps)
         for start in range(0, D, BLOCK_D):
             z = _sum_tile(x_ptr, residual_ptr, layer_scale_ptr, rows, start + columns, M, D, stride_xm, stride_rm,
                           HAS_RESIDUAL, HAS_LAYER_SCALE)  # fmt: skip

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import _device, _matmul, _tuning
-from ._device import _row_statistics
+from ._device import _refined_statistics, _row_statistics
 
 
 def why_not(
@@ -38,12 +38,14 @@ def _norm_mlp_statistics_kernel(
             total += tl.load(x_rows + start + columns, mask=inside, other=0.0).to(tl.float32)
         mean = tl.sum(total, axis=1) / D  # [BLOCK_M]
         total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        squares = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in range(0, D, BLOCK_D):
             inside = row_inside & (start + columns < D)
             x = tl.load(x_rows + start + columns, mask=inside, other=0.0).to(tl.float32)
             centred = tl.where(start + columns < D, x - mean[:, None], 0.0)
-            total += centred * centred
-        rstd = tl.rsqrt(tl.sum(total, axis=1) / D + eps)  # [BLOCK_M]
+            total += centred
+            squares += centred * centred
+        mean, rstd = _refined_statistics(mean, tl.sum(total, axis=1), tl.sum(squares, axis=1), D, eps)
     tl.store(mean_ptr + row, mean, mask=row < M)
     tl.store(rstd_ptr + row, rstd, mask=row < M)
 

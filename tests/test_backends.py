@@ -208,3 +208,10 @@ def test_a_call_changes_no_global_state():
     ops.layer_norm(X)
     assert state() == before
     del model
+
+
+def test_auto_passes_over_what_nobody_measured(caplog, monkeypatch):
+    monkeypatch.setitem(backends._AUTO, "cpu", {"layer_norm": ("triton",)})
+    monkeypatch.setattr(backends, "_reported", set())
+    assert backends.select("layer_norm", X, None, None, None, None, 1e-6) == "reference"
+    assert "triton is skipped because it has not been measured on a GPU yet" in caplog.text
