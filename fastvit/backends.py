@@ -74,17 +74,17 @@ _default = _check_backend(SETTINGS.backend)
 
 @constant
 def _load(op: str, backend: str) -> str:
-    """Import an implementation into ``_loaded``; returns why that failed, or an empty string."""
+    """Import an implementation into ``_loaded``; returns why it cannot be used here, or an empty string."""
     key = f"{backend}.{op}"
     if key in _loaded:
         return ""
+    reason = why_unavailable(backend)
+    if reason is not None:
+        return reason
     module_name, _, attribute = _MODULES[backend].format(op=op).partition(":")
-    try:
-        implementation: Any = importlib.import_module(module_name)
-        for part in filter(None, attribute.split(".")):
-            implementation = getattr(implementation, part)
-    except ImportError as error:
-        return f"{backend} cannot be imported: {error}"
+    implementation: Any = importlib.import_module(module_name)
+    for part in filter(None, attribute.split(".")):
+        implementation = getattr(implementation, part)
     _loaded[key] = implementation
     return ""
 
