@@ -92,6 +92,7 @@ sources = [str(p) for kind in ("*.cpp", "*.cu") for p in CSRC.rglob(kind) if BUI
 extension = Extension("fastvit._C", sorted(sources), optional=not REQUESTED and "build_ext" not in sys.argv)
 setup(
     packages=["fastvit", "fastvit.ops", "fastvit.integrations", "fastvit.kernels", "fastvit.benchmarks"],
+    package_data={"fastvit": ["py.typed"]},
     package_dir={"fastvit.kernels": "kernels", "fastvit.benchmarks": "benchmarks"},
     ext_modules=[extension] if BUILD != "none" else [],
     cmdclass={"build_ext": BuildExtension},

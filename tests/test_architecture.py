@@ -255,7 +255,7 @@ def test_the_readmes_table_is_what_the_rows_say() -> None:
     assert readme.render(text, readme.committed_rows()) == text, "run `make readme`"
 
 
-def test_the_readmes_table_shows_every_row_and_hides_no_failure() -> None:
+def test_the_readmes_table_hides_single_backends_but_no_failure() -> None:
     from fastvit.benchmarks import readme
 
     row = {
@@ -274,6 +274,8 @@ def test_the_readmes_table_shows_every_row_and_hides_no_failure() -> None:
     assert "old" not in text
     assert text.startswith("above")
     assert text.endswith("below\n")
+    assert "fastvit-cpu" not in readme.render(marked, [{**row, **more, **rest, "provider": "fastvit-cpu"}])
+    assert "fastvit-cpu" in readme.render(marked, [{**wrong, "provider": "fastvit-cpu"}])
     eager, fastvit_row = (line for line in text.splitlines() if line.startswith("| vit"))
     assert "12.5" in eager
     assert "1.00x" in eager
