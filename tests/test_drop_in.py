@@ -223,6 +223,32 @@ def test_what_is_not_understood_stays_eager_and_says_why():
         fastvit.accelerate(model, strict=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda b: setattr(b, "attn", timm.layers.Attention(48, 3, gated=True)), "attention is gated"),
+        (
+            lambda b: setattr(b, "attn", timm.layers.Attention(48, 3, scale_norm=True, norm_layer=nn.LayerNorm)),
+            "attention normalises its output",
+        ),
+        (lambda b: setattr(b, "mlp", timm.layers.Mlp(48, 96, norm_layer=nn.LayerNorm)), "MLP normalises its hidden"),
+        (lambda b: setattr(b, "mlp", timm.layers.Mlp(48, 96, act_layer=nn.SiLU)), "activation SiLU has no fused form"),
+        (lambda b: setattr(b, "norm1", timm.layers.RmsNorm(48)), "norm1: RmsNorm is not a LayerNorm"),
+        (lambda b: setattr(b, "drop_path1", nn.Dropout(0.1)), "drop_path1 is a Dropout"),
+    ],
+)
+def test_every_variant_that_computes_something_else_stays_eager(change, words):
+    model, x = small_timm(), images()
+    change(model.blocks[1])
+    randomize(model).eval()
+    want = model(x)
+    fastvit.accelerate(model)
+    rows = {row.name: row for row in fastvit.report(model)}
+    assert not rows["blocks.1"].fused
+    assert words in rows["blocks.1"].reason
+    assert torch.allclose(model(x), want, atol=1e-3)
+
+
 def test_a_forward_of_the_users_own_is_left_alone():
     model, x = small_timm(), images()
     model.blocks[0].forward = lambda x: x

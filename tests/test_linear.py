@@ -65,6 +65,15 @@ def test_epilogues(place, activation):
         check(place, dtype, *functions(activation), sample(35, 48, 40))
 
 
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("place", PLACES)
+def test_sums_over_many_rows_are_wide(place, activation):
+    """Gradients of weight, bias and LayerScale add thousands of rows: in the dtype itself they would stop growing."""
+    sizes = {"bias": True, "layer_scale": True}
+    for dtype in (torch.float16, torch.bfloat16):
+        check(place, dtype, *functions(activation), sample(3000, 16, 8, **sizes))
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_views_equal_contiguous(place):
     x, weight = torch.randn(12, 48, device=place.device), torch.randn(40, 48, device=place.device)

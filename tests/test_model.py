@@ -222,6 +222,17 @@ def test_every_rate_acts_in_training_only(rate):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.1}, {"proj_drop_rate": 0.1}], ids=str)
+def test_a_dropped_branch_adds_nothing(options):
+    block = randomize(fastvit.VisionTransformer(**SMALL, **options, drop_path_rate=0.5)).blocks[2].train()
+    x = torch.randn(4, 17, 48)
+    block.drop_path1.drop_prob = 1 - 1e-7
+    attention_dropped = block(x)
+    assert not torch.equal(attention_dropped, x)
+    block.drop_path2.drop_prob = 1 - 1e-7
+    assert torch.equal(block(x), x)
+
+
 def test_drop_path_rates_grow_with_depth():
     theirs = timm.create_model("vit_tiny_patch16_224", drop_path_rate=0.3)
     ours = fastvit.create_model("vit_tiny_patch16_224", drop_path_rate=0.3)
