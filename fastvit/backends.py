@@ -57,7 +57,8 @@ class BackendError(RuntimeError):
     """An explicitly requested backend cannot run these inputs; the message says why."""
 
 
-def _unknown(kind: str, name: object, valid: Sequence[str]) -> ValueError:
+def unknown_name(kind: str, name: object, valid: Sequence[str]) -> ValueError:
+    """The error for a name that does not exist: it lists the valid ones and the closest."""
     close = difflib.get_close_matches(str(name), valid, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return ValueError(f"fastvit: unknown {kind} {name!r}; expected one of {', '.join(valid)}.{hint}")
@@ -65,7 +66,7 @@ def _unknown(kind: str, name: object, valid: Sequence[str]) -> ValueError:
 
 def _check_backend(name: object) -> str:
     if name not in (*BACKENDS, "auto"):
-        raise _unknown("backend", name, ("auto", *BACKENDS))
+        raise unknown_name("backend", name, ("auto", *BACKENDS))
     return str(name)
 
 

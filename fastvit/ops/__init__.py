@@ -47,11 +47,11 @@ def why_not(op: str, *args: Any, backend: str | None = None, **kwargs: Any) -> A
         ValueError: an unknown op or backend; TypeError, ValueError: arguments the op itself would refuse.
     """
     if op not in _PUBLIC:
-        raise _backends._unknown("op", op, tuple(_PUBLIC))
+        raise _backends.unknown_name("op", op, tuple(_PUBLIC))
     name, prepare = _PUBLIC[op]
     launcher_args = prepare(*args, **kwargs)  # type: ignore[operator]
     if backend is not None:
         if backend not in _backends.BACKENDS:
-            raise _backends._unknown("backend", backend, _backends.BACKENDS)
+            raise _backends.unknown_name("backend", backend, _backends.BACKENDS)
         return _backends.why_not(name, launcher_args, backend)
     return {candidate: _backends.why_not(name, launcher_args, candidate) for candidate in _backends.BACKENDS}
