@@ -32,16 +32,15 @@ def reference_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the normalised rows z (M, D), of weight and of bias, in fp32 inside.
 
-    With n = (z - mean) rstd and g = dy weight: dz += rstd (g - E[g] - n E[g n]), dweight = Σ dy n, dbias = Σ dy.
+    With n = (z - mean) rstd and g = dy weight: d = rstd (g - E[g] - n E[g n]) + dz, dweight = Σ dy n, dbias = Σ dy.
     """
-    wide = mean.dtype
-    grad = dy.to(wide)
-    normalised = (z.to(wide) - mean[:, None]) * rstd[:, None]
-    g = grad if weight is None else grad * weight.to(wide)
-    d = g - g.mean(-1, keepdim=True) - normalised * (g * normalised).mean(-1, keepdim=True)
-    d = d * rstd[:, None]
+    wide, width = mean.dtype, z.shape[1]
+    gamma = torch.ones(width, dtype=wide, device=z.device) if weight is None else weight.to(wide)
+    d, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dy.to(wide), z.to(wide), (width,), mean[:, None], rstd[:, None], gamma, gamma, (True, True, True)
+    )
     d = d if dz is None else d + dz.to(wide)
-    return d.to(z.dtype), (grad * normalised).sum(0).to(z.dtype), grad.sum(0).to(z.dtype)
+    return d.to(z.dtype), dweight.to(z.dtype), dbias.to(z.dtype)
 
 
 def _forward(

@@ -20,14 +20,16 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def activation_backward(dy: Tensor, preact: Tensor, activation: str) -> Tensor:
-    """dy * activation'(preact), in dy's dtype."""
+    """dy * activation'(preact) in dy's dtype, fp32 inside."""
     if activation == "none":
         return dy
+    preact = preact.to(dy.dtype)
     if activation == "quick_gelu":
-        gate = torch.sigmoid(1.702 * preact.to(dy.dtype))
-        return dy * gate * (1 + 1.702 * preact.to(dy.dtype) * (1 - gate))
+        wide = preact.to(torch.promote_types(dy.dtype, torch.float32))
+        gate = torch.sigmoid(1.702 * wide)
+        return (dy * gate * (1 + 1.702 * wide * (1 - gate))).to(dy.dtype)
     approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward(dy, preact.to(dy.dtype), approximate=approximate)
+    return torch.ops.aten.gelu_backward(dy, preact, approximate=approximate)
 
 
 def reference(
@@ -61,7 +63,7 @@ def reference_backward(
     """
     wide = torch.promote_types(dy.dtype, torch.float32)
     if layer_scale is None or activation == "none":
-        d = dy if activation == "none" else activation_backward(dy.to(wide), preact, activation).to(dy.dtype)
+        d = activation_backward(dy, preact, activation)
         dweight, dbias = d.t() @ x, d.sum(0, dtype=wide)
         if layer_scale is None:
             return d @ weight, dweight, dbias.to(dy.dtype), contract.absent(dy)
