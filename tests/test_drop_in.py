@@ -226,11 +226,8 @@ def test_what_is_not_understood_stays_eager_and_says_why():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda b: setattr(b, "attn", timm.layers.Attention(48, 3, gated=True)), "attention is gated"),
-        (
-            lambda b: setattr(b, "attn", timm.layers.Attention(48, 3, scale_norm=True, norm_layer=nn.LayerNorm)),
-            "attention normalises its output",
-        ),
+        (lambda b: setattr(b.attn, "gate", nn.Linear(48, 48)), "attention is gated"),
+        (lambda b: setattr(b.attn, "norm", nn.LayerNorm(48)), "attention normalises its output"),
         (lambda b: setattr(b, "mlp", timm.layers.Mlp(48, 96, norm_layer=nn.LayerNorm)), "MLP normalises its hidden"),
         (lambda b: setattr(b, "mlp", timm.layers.Mlp(48, 96, act_layer=nn.SiLU)), "activation SiLU has no fused form"),
         (lambda b: setattr(b, "norm1", timm.layers.RmsNorm(48)), "norm1: RmsNorm is not a LayerNorm"),
