@@ -184,6 +184,8 @@ def _why_eager(module: nn.Module, found: Plan | str | None) -> str:
         return found
     if isinstance(found, Plan):
         return "not accelerated yet: call fastvit.accelerate(model)"
+    if next(module.children(), None) is not None:
+        return f"uses {', '.join(name for name, _ in module.named_parameters(recurse=False))} as its class does"
     return f"no fused form of {type(module).__name__} outside a block"
 
 

@@ -170,6 +170,7 @@ def test_report_names_every_module():
     assert rows["norm"].fused
     assert not rows["head"].fused
     assert "no fused form of Linear" in rows["head"].reason
+    assert rows[""].reason == "uses cls_token, pos_embed as its class does"
     covered = [row.name for row in fastvit.report(model) if row.fused]
     for name, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None and name:
