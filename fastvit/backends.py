@@ -137,6 +137,19 @@ def select(op: str, *args: Any) -> str:
     return "reference"
 
 
+def serving(op: str, *args: Any) -> str | None:
+    """The backend that :func:`select` would name, or None where it would fall back or raise; nothing is reported.
+
+    An op asks this to compute an option that no kernel here fuses beside the kernel, instead of giving up the kernel.
+    """
+    name = requested()
+    if SETTINGS.disable or name == "reference":
+        return "reference"
+    candidates = _AUTO.get(args[0].device.type, {}).get(op, ()) if name == "auto" else (name,)
+    passed_over = _UNMEASURED if name == "auto" else {}
+    return next((c for c in candidates if c not in passed_over and why_not(op, args, c) is None), None)
+
+
 def _fall_back(op: str, backend: str, reason: str) -> None:
     if SETTINGS.strict:
         raise BackendError(f"fastvit.{op}: {backend} is skipped because {reason} (FASTVIT_STRICT is set)")

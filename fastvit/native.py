@@ -19,6 +19,9 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
 
+# Options at the end of an op's contract that no native kernel takes yet: the contract's last arguments, in order.
+_OPTIONS: dict[str, tuple[str, ...]] = {}
+
 # What loading the extension said: absent = not tried, empty = loaded.
 _failure: dict[str, str] = {}
 
@@ -84,13 +87,18 @@ class Launcher:
         if dtype not in _DTYPES[self.device_type]:
             expected = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[self.device_type])
             return f"{self.device_type} {self.op} computes in {expected}, got {str(dtype).removeprefix('torch.')}"
+        options = _OPTIONS.get(self.op, ())
+        for name, value in zip(options, args[len(args) - len(options) :], strict=True):
+            if value is not None and (isinstance(value, torch.Tensor) or value != 0):
+                return f"{self.device_type} {self.op} has no {name}"
         return why_unavailable(self.device_type)
 
     def forward(self, *args: Any) -> Any:
         failure = _load()
         if failure:
             raise ImportError(f"fastvit: {failure}")
-        return getattr(torch.ops.fastvit_native, self.op)(*args)
+        taken = len(args) - len(_OPTIONS.get(self.op, ()))
+        return getattr(torch.ops.fastvit_native, self.op)(*args[:taken])
 
 
 _CPU_OPS = ("layer_norm", "attention", "linear", "norm_mlp", "patch_embed")

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).with_name("aot.py")
+ROOT = Path(__file__).resolve().parent.parent
 OWN_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 # The calls a ViT makes: these must run on the chip's own matrix instruction, not on the one of an older chip.
 HOT = ("bare", "full 768", "197 x 64", "577 x 64")
@@ -20,8 +20,8 @@ HOT = ("bare", "full 768", "197 x 64", "577 x 64")
 @pytest.fixture(scope="module")
 def rows():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), "--json"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, "-m", "fastvit.benchmarks.aot", "--json"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert run.stdout, run.stderr
     return json.loads(run.stdout)
 

@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, without a GPU, and report what the compiler made of it.
 
-    python tests/aot.py [--json] [--only TEXT]
+    python -m fastvit.benchmarks.aot [--json] [--only TEXT]
 
 The launchers themselves are called, on tensors without storage and under a driver that answers for another chip, so the
 signatures, specialisations and meta-parameters are those of a real call. A kernel that no case launches is an error.
@@ -16,15 +16,15 @@ import json
 import multiprocessing
 import re
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .launches import launches
 
 ROOT = Path(__file__).resolve().parent.parent
 KIB = 1024
@@ -57,6 +57,7 @@ class Row:
     case: str
     dtype: str
     chip: str
+    entry: str = "forward"
     seconds: float = 0.0
     registers: int = 0
     spills: int = 0
@@ -66,79 +67,6 @@ class Row:
     matrix_instruction: str = ""
     tf32: bool = False
     error: str = ""
-
-
-def cases() -> Iterator[tuple[str, str, Callable[[torch.dtype], tuple]]]:
-    """(op, case, dtype -> launcher arguments): for each kernel the barest and the fullest call, and each path."""
-
-    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def layer_norm(width: int, full: bool) -> Callable:
-        def arguments(dtype: torch.dtype) -> tuple:
-            x, row = empty(1000, width, dtype=dtype), empty(width, dtype=dtype)
-            return (x, x, row, row, row, 1e-6) if full else (x, None, None, None, None, 1e-6)
-
-        return arguments
-
-    def linear(rows: int, depth: int, full: bool, activation: str) -> Callable:
-        def arguments(dtype: torch.dtype) -> tuple:
-            x, weight, row = empty(rows, depth, dtype=dtype), empty(768, depth, dtype=dtype), empty(768, dtype=dtype)
-            if not full:
-                return x, weight, None, None, None, activation, False
-            return x, weight, row, row, empty(rows, 768, dtype=dtype), activation, True
-
-        return arguments
-
-    def norm_mlp(width: int, full: bool) -> Callable:
-        def arguments(dtype: torch.dtype) -> tuple:
-            x, row, hidden = empty(1000, width, dtype=dtype), empty(width, dtype=dtype), empty(3072, dtype=dtype)
-            up, down = empty(3072, width, dtype=dtype), empty(width, 3072, dtype=dtype)
-            if not full:
-                return x, None, None, up, None, down, None, None, 1e-6, "quick_gelu", False, False
-            return x, row, row, up, hidden, down, row, row, 1e-6, "gelu", True, True
-
-        return arguments
-
-    def attention(keys: int, head_dim: int, mask: str, causal: bool) -> Callable:
-        def arguments(dtype: torch.dtype) -> tuple:
-            q, k, v = empty(2, keys, 3, 12, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4)
-            mask_dtype = torch.bool if mask == "bool" else dtype
-            table = None if mask == "none" else empty(2, 1, 1, keys, dtype=mask_dtype).expand(2, 12, keys, keys)
-            return q, k, v, table, causal, 0.125
-
-        return arguments
-
-    def patch_embed(side: int, patch: int, full: bool, pixels: torch.dtype | None) -> Callable:
-        def arguments(dtype: torch.dtype) -> tuple:
-            image = empty(2, 3, side, side, dtype=pixels or dtype)
-            weight, row = empty(768, 3, patch, patch, dtype=dtype), empty(768, dtype=dtype)
-            tokens = (side // patch) ** 2 + 1
-            table, prefix = empty(tokens, 768, dtype=dtype), empty(1, 768, dtype=dtype)
-            scale = empty(3, dtype=torch.float32) if pixels else None
-            return (image, weight, row, table, prefix, scale, scale) if full else (image, weight, *[None] * 5)
-
-        return arguments
-
-    yield "layer_norm", "bare 768", layer_norm(768, False)
-    yield "layer_norm", "full 192", layer_norm(192, True)
-    yield "layer_norm", "full 8192", layer_norm(8192, True)
-    yield "layer_norm", "full 65537", layer_norm(65537, True)
-    yield "linear", "bare", linear(1000, 768, False, "none")
-    yield "linear", "full gelu_tanh odd", linear(1000, 59, True, "gelu_tanh")
-    yield "linear", "full gelu few rows", linear(8, 768, True, "gelu")
-    yield "norm_mlp", "bare 65537", norm_mlp(65537, False)
-    yield "norm_mlp", "full 768", norm_mlp(768, True)
-    yield "attention", "197 x 64", attention(197, 64, "none", False)
-    yield "attention", "197 x 64 bool", attention(197, 64, "bool", False)
-    yield "attention", "50 x 64 additive", attention(50, 64, "additive", False)
-    yield "attention", "577 x 64", attention(577, 64, "none", False)
-    yield "attention", "577 x 59 bool", attention(577, 59, "bool", False)
-    yield "attention", "577 x 80 additive causal", attention(577, 80, "additive", True)
-    yield "attention", "128 x 80", attention(128, 80, "none", False)
-    yield "attention", "257 x 256 bool", attention(257, 256, "bool", False)
-    yield "patch_embed", "bare", patch_embed(224, 16, False, None)
-    yield "patch_embed", "full uint8 odd", patch_embed(224, 14, True, torch.uint8)
 
 
 def kernels() -> dict[str, Any]:
@@ -173,7 +101,7 @@ class _Driver:
         return 0
 
 
-def compile_case(op: str, case: str, dtype: str, chip: str, cache: str) -> list[Row]:
+def compile_case(op: str, entry: str, case: str, dtype: str, chip: str, cache: str) -> list[Row]:
     """Rows of the kernels that one launcher call compiles, in a worker process."""
     import triton
     from triton.runtime.jit import JITFunction
@@ -187,7 +115,7 @@ def compile_case(op: str, case: str, dtype: str, chip: str, cache: str) -> list[
     launch = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        row = Row(self.__name__, case, dtype, chip, shared_limit=CHIPS[chip].shared_limit)
+        row = Row(self.__name__, case, dtype, chip, entry, shared_limit=CHIPS[chip].shared_limit)
         start = time.perf_counter()
         try:
             describe(row, launch(self, *args, grid=grid, warmup=True, **options))
@@ -198,8 +126,9 @@ def compile_case(op: str, case: str, dtype: str, chip: str, cache: str) -> list[
 
     JITFunction.run = compile_only
     try:
-        arguments = next(build for name, label, build in cases() if (name, label) == (op, case))
-        importlib.import_module(f"fastvit.kernels.{op}").forward(*arguments(DTYPES[dtype]))
+        launch_case = next(c for c in launches() if (c.op, c.entry, c.label) == (op, entry, case))
+        launcher = importlib.import_module(f"fastvit.kernels.{op}")
+        getattr(launcher, entry)(*launch_case.arguments(DTYPES[dtype]))
     finally:
         JITFunction.run = launch
     return rows
@@ -241,11 +170,11 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def compile_all(only: str) -> list[Row]:
     jobs = [
-        (op, case, dtype, chip)
-        for op, case, _ in cases()
+        (case.op, case.entry, case.label, dtype, chip)
+        for case in launches()
         for dtype in DTYPES
         for chip in CHIPS
-        if only in f"{op} {case} {dtype} {chip}"
+        if only in f"{case.op} {case.entry} {case.label} {dtype} {chip}"
     ]
     # A fork would inherit torch's threads and locks.
     context = multiprocessing.get_context("spawn")
@@ -254,16 +183,16 @@ def compile_all(only: str) -> list[Row]:
         rows = [row for future in futures for row in future.result()]
     forgotten = set(kernels()) - {row.kernel for row in rows}
     if forgotten and not only:
-        raise SystemExit(f"no case launches {', '.join(sorted(forgotten))}: add one to cases()")
+        raise SystemExit(f"no case launches {', '.join(sorted(forgotten))}: add one to benchmarks/launches.py")
     return rows
 
 
 def table(rows: list[Row]) -> str:
     columns = f"{'dtype':<6}{'chip':<8}{'regs':>5}{'spill':>6}{'KiB':>6}  {'instruction':<11}{'s':>6}"
-    lines = [f"{'kernel':<28}{'case':<26}{columns}"]
+    lines = [f"{'kernel':<36}{'case':<26}{columns}"]
     for row in rows:
         lines.append(
-            f"{row.kernel:<28}{row.case:<26}{row.dtype:<6}{row.chip:<8}{row.registers:>5}{row.spills:>6}"
+            f"{row.kernel:<36}{row.case:<26}{row.dtype:<6}{row.chip:<8}{row.registers:>5}{row.spills:>6}"
             f"{row.shared / KIB:>6.0f}  {row.matrix_instruction + ' tf32' * row.tf32:<11}{row.seconds:>6.2f}"
             + (f"  {row.error.splitlines()[0]}" if row.error else "")
         )
@@ -273,9 +202,8 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print rows as JSON instead of a table")
-    parser.add_argument("--only", default="", help="compile the cases whose 'op case dtype chip' contains this text")
+    parser.add_argument("--only", default="", help="compile cases whose 'op entry case dtype chip' contains this")
     options = parser.parse_args()
-    sys.path.append(str(ROOT))
     rows = compile_all(options.only)
     print(json.dumps([asdict(row) for row in rows]) if options.json else table(rows))
     if any(row.error for row in rows):

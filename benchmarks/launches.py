@@ -1,0 +1,123 @@
+"""Calls of the Triton launchers as data: what the ahead-of-time check compiles and the static report is about.
+
+For each kernel the barest and the fullest call, and each path through it. The tensors carry no storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launcher call: op and entry ("forward", "backward") name it, arguments(dtype) builds it.
+
+    flops and bytes(itemsize) are the least work the call holds: two operations per multiply-add of its matrix products,
+    each input read once and each output written once; None where the case is there for its code path alone.
+    """
+
+    op: str
+    entry: str
+    label: str
+    arguments: Callable[[torch.dtype], tuple]
+    flops: int | None = None
+    bytes: Callable[[int], int] | None = None
+
+
+def launches() -> Iterator[Launch]:
+    """Every case, op by op."""
+    yield from _layer_norm()
+    yield from _linear()
+    yield from _norm_mlp()
+    yield from _attention()
+    yield from _patch_embed()
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _layer_norm() -> Iterator[Launch]:
+    def forward(width: int, full: bool) -> Callable[[torch.dtype], tuple]:
+        def arguments(dtype: torch.dtype) -> tuple:
+            x, row = _empty(1000, width, dtype=dtype), _empty(width, dtype=dtype)
+            return (x, x, row, row, row, 1e-6) if full else (x, None, None, None, None, 1e-6)
+
+        return arguments
+
+    yield Launch("layer_norm", "forward", "bare 768", forward(768, False))
+    for width in (192, 8192, 65537):
+        yield Launch("layer_norm", "forward", f"full {width}", forward(width, True))
+
+
+def _linear() -> Iterator[Launch]:
+    def forward(rows: int, depth: int, full: bool, activation: str) -> Callable[[torch.dtype], tuple]:
+        def arguments(dtype: torch.dtype) -> tuple:
+            x, weight, row = _empty(rows, depth, dtype=dtype), _empty(768, depth, dtype=dtype), _empty(768, dtype=dtype)
+            if not full:
+                return x, weight, None, None, None, activation, False
+            return x, weight, row, row, _empty(rows, 768, dtype=dtype), activation, True
+
+        return arguments
+
+    yield Launch("linear", "forward", "bare", forward(1000, 768, False, "none"))
+    yield Launch("linear", "forward", "full gelu_tanh odd", forward(1000, 59, True, "gelu_tanh"))
+    yield Launch("linear", "forward", "full gelu few rows", forward(8, 768, True, "gelu"))
+
+
+def _norm_mlp() -> Iterator[Launch]:
+    def forward(width: int, full: bool) -> Callable[[torch.dtype], tuple]:
+        def arguments(dtype: torch.dtype) -> tuple:
+            x, row, hidden = _empty(1000, width, dtype=dtype), _empty(width, dtype=dtype), _empty(3072, dtype=dtype)
+            up, down = _empty(3072, width, dtype=dtype), _empty(width, 3072, dtype=dtype)
+            if not full:
+                return x, None, None, up, None, down, None, None, 1e-6, "quick_gelu", False, False
+            return x, row, row, up, hidden, down, row, row, 1e-6, "gelu", True, True
+
+        return arguments
+
+    yield Launch("norm_mlp", "forward", "bare 65537", forward(65537, False))
+    yield Launch("norm_mlp", "forward", "full 768", forward(768, True))
+
+
+def _attention() -> Iterator[Launch]:
+    def forward(keys: int, head_dim: int, mask: str, causal: bool) -> Callable[[torch.dtype], tuple]:
+        def arguments(dtype: torch.dtype) -> tuple:
+            q, k, v = _empty(2, keys, 3, 12, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4)
+            mask_dtype = torch.bool if mask == "bool" else dtype
+            table = None if mask == "none" else _empty(2, 1, 1, keys, dtype=mask_dtype).expand(2, 12, keys, keys)
+            return q, k, v, table, causal, 0.125
+
+        return arguments
+
+    for keys, head_dim, mask, causal in (
+        (197, 64, "none", False),
+        (197, 64, "bool", False),
+        (50, 64, "additive", False),
+        (577, 64, "none", False),
+        (577, 59, "bool", False),
+        (577, 80, "additive", True),
+        (128, 80, "none", False),
+        (257, 256, "bool", False),
+    ):
+        label = f"{keys} x {head_dim}" + f" {mask}" * (mask != "none") + " causal" * causal
+        yield Launch("attention", "forward", label, forward(keys, head_dim, mask, causal))
+
+
+def _patch_embed() -> Iterator[Launch]:
+    def forward(side: int, patch: int, full: bool, pixels: torch.dtype | None) -> Callable[[torch.dtype], tuple]:
+        def arguments(dtype: torch.dtype) -> tuple:
+            image = _empty(2, 3, side, side, dtype=pixels or dtype)
+            weight, row = _empty(768, 3, patch, patch, dtype=dtype), _empty(768, dtype=dtype)
+            tokens = (side // patch) ** 2 + 1
+            table, prefix = _empty(tokens, 768, dtype=dtype), _empty(1, 768, dtype=dtype)
+            scale = _empty(3, dtype=torch.float32) if pixels else None
+            return (image, weight, row, table, prefix, scale, scale) if full else (image, weight, *[None] * 5)
+
+        return arguments
+
+    yield Launch("patch_embed", "forward", "bare", forward(224, 16, False, None))
+    yield Launch("patch_embed", "forward", "full uint8 odd", forward(224, 14, True, torch.uint8))
