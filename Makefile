@@ -11,7 +11,7 @@ ARGS   ?=
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help build lint test bench plot readme gpu clean
+.PHONY: help build lint test test-full bench plot readme gpu clean
 
 py      := $(VENV)/bin/python
 pip     := $(py) -m pip install -q --disable-pip-version-check
@@ -21,7 +21,7 @@ has_torch := import torch; assert tuple(map(int, torch.__version__.split(".")[:2
 has       = $(py) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("$(1)") is None)'
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: $(VENV)/.built ## the environment, the package and its C++ extension
 
@@ -33,6 +33,10 @@ lint: $(VENV)/.installed ## ruff, mypy, clang-format
 
 test: $(VENV)/.built ## every test (ARGS="-k attention" for some)
 	$(py) -m pytest $(ARGS)
+
+test-full: $(VENV)/.built ## every test with its whole grid of cases, on every core if pytest-xdist is there
+	if $(call has,xdist); then export OMP_NUM_THREADS=1; spread="-n auto --dist loadgroup"; fi; \
+	$(py) -m pytest --full $$spread $(ARGS)
 
 bench: $(VENV)/.built ## ViT-B/16 on two photographs: table, CSV, chart in RESULTS=build/bench (ARGS="--batch 16")
 	$(py) -m fastvit bench --csv $(RESULTS)/rows.csv --plot $(RESULTS)/rows.png $(ARGS)

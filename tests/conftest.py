@@ -5,6 +5,7 @@ import os
 import interpreter
 import pytest
 import torch
+from grid import pytest_addoption, pytest_collection_modifyitems  # noqa: F401  (hooks)
 
 INTERPRETED = interpreter.install()
 
