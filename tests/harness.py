@@ -53,6 +53,59 @@ def random_like(output: Tensor, seed: int = 1) -> Tensor:
     return torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+# What may come after an op; the gradient each sends back lies in memory in a way of its own.
+FOLLOWERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda y: y.sum(),  # every stride 0
+    "mean over tokens": lambda y: y.mean(1),
+    "first token": lambda y: y[:, 0],
+    "cat": lambda y: torch.cat([y, y], -1),
+    "cat, one element off": lambda y: torch.cat([y[..., :1].detach(), y], -1),
+    "transpose": lambda y: y.transpose(0, 1),
+    "turned": lambda y: y.transpose(-1, -2),
+    "stack": lambda y: torch.stack([y, y], -1),  # every second element
+    "chunk": lambda y: y.tensor_split(2, -1)[-1],
+    "expand": lambda y: y.expand(2, *y.shape),
+}
+
+
+def upstreams(output: Tensor) -> dict[str, Tensor]:
+    """Incoming gradients for an output of two dimensions or more, as autograd hands them over, by what made them."""
+    leaf = output.detach().requires_grad_()
+    made = {}
+    for name, follow in FOLLOWERS.items():
+        after = follow(leaf)
+        (made[name],) = torch.autograd.grad(after, leaf, random_like(after).to(after.dtype).to(after.device))
+    return made
+
+
+def check_upstreams(
+    place: Place,
+    dtype: torch.dtype,
+    op: Callable[..., Tensor | tuple[Tensor, ...]],
+    tensors: Tensors,
+    fixed: Tensors | None = None,
+    exact: bool = True,
+) -> None:
+    """Every gradient of op is the same whichever way the incoming gradient lies in memory.
+
+    Args:
+        exact: to the bit. torch's matrix products round an unaligned operand otherwise, so that a backward made of
+            them (of the reference, or of a backend that borrows it) is held to 1e-5 of the largest element instead.
+    """
+    leaves = {k: t.to(place.device, dtype, copy=True).requires_grad_() for k, t in tensors.items() if t is not None}
+    rest = {k: t for k, t in tensors.items() if t is None}
+    with fastvit.backend(place.backend):
+        outputs = op(**leaves, **rest, **{k: t.to(place.device) for k, t in (fixed or {}).items()})
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        for name in FOLLOWERS:
+            odd = [upstreams(output)[name] for output in outputs]
+            plain = [dy.clone(memory_format=torch.contiguous_format) for dy in odd]
+            want, got = (torch.autograd.grad(outputs, [*leaves.values()], dy, retain_graph=True) for dy in (plain, odd))
+            for leaf, w, g in zip(leaves, want, got, strict=True):
+                missed = 0.0 if torch.equal(g, w) else ((g - w).abs().max() / w.abs().max()).item()
+                assert missed <= (0.0 if exact else 1e-5), f"dy of {name}: gradient of {leaf} is {missed:.1e} off"
+
+
 def _run(function: Callable[..., Tensor | tuple[Tensor, ...]], tensors: Tensors, wanted: list[str], seed: int):
     leaves = {k: t.detach().clone().requires_grad_(k in wanted) if t is not None else None for k, t in tensors.items()}
     outputs = function(**leaves)
