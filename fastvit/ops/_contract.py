@@ -79,6 +79,19 @@ def rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
+def drop_path_scale(x: Tensor, rate: float) -> Tensor:
+    """Stochastic depth's factor per sample (B, 1, ..., 1): 0 or 1 / (1 - rate).
+
+    Drawn as timm's DropPath draws it, so that the same generator state drops the same samples.
+    """
+    return x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1.0 - rate).div_(1.0 - rate)
+
+
+def per_row(sample_scale: Tensor, row_count: int) -> Tensor:
+    """One factor per sample (S,) as one per row (M, 1); a sample's rows are neighbours."""
+    return sample_scale[:, None].expand(-1, row_count // max(1, sample_scale.shape[0])).reshape(-1, 1)
+
+
 def autocasting(tensor: Tensor) -> bool:
     """Whether autocast is on for this tensor's device; the meta device has none."""
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
