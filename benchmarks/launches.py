@@ -16,7 +16,8 @@ class Launch:
     """One launcher call: op and entry ("forward", "backward") name it, arguments(dtype) builds it.
 
     flops and bytes(itemsize) are the least work the call holds: two operations per multiply-add of its matrix products,
-    each input read once and each output written once; None where the case is there for its code path alone.
+    each input read once and each output written once, as work.py has the formulas (flops=w.flops, bytes=w.bytes); None
+    where the case is there for its code path alone.
     """
 
     op: str
