@@ -81,6 +81,23 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _activation_grad(x, ACTIVATION: tl.constexpr):
+    """Derivative of the activation at an fp32 block."""
+    if ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        grad = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    elif ACTIVATION == "gelu_tanh":
+        gate = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        grad = gate + x * gate * (1.0 - gate) * (1.5957691216057308 + 0.21406859136 * x * x)
+    elif ACTIVATION == "quick_gelu":
+        gate = tl.sigmoid(1.702 * x)
+        grad = gate + 1.702 * x * gate * (1.0 - gate)
+    else:
+        grad = tl.full(x.shape, 1.0, tl.float32)
+    return grad
+
+
+@triton.jit
 def _row_statistics(x, columns, D, eps):
     """Mean and 1/sqrt(variance + eps) of the rows of x [BLOCK_M, BLOCK_D]: fp32, whole rows, zero beyond D."""
     mean = tl.sum(x, axis=1) / D  # [BLOCK_M]

@@ -84,6 +84,18 @@ PRODUCT = {
 # A result of few rows (a class token, a classifier head) would leave half of a 128-row tile empty.
 FEW_ROWS = 64
 
+
+
+@dataclass(frozen=True)
+class Partials:
+    """The sum over partial results: BLOCK of its elements a program."""
+
+    BLOCK: int
+    num_warps: int
+
+
+PARTIALS = Partials(1024, num_warps=4)
+
 # Attention, by chip, bytes of an element and padded head width: most keys of one pass (0: always in tiles), then
 # queries and keys of a tile beyond it. A query's scores, their exponentials and its sums share a thread's registers, so
 # a wide head leaves fewer keys. 256 hold ViT's 197: with 128 queries over 8 warps they fit sm_90, not sm_80.
@@ -123,6 +135,16 @@ def product(chip: str, itemsize: int, row_count: int, aligned: bool) -> Product:
     if row_count > FEW_ROWS or tile.BLOCK_M <= FEW_ROWS:
         return tile
     return Product(FEW_ROWS, tile.BLOCK_N, tile.BLOCK_K, num_warps=4, num_stages=tile.num_stages)
+
+
+def weight_product(
+    chip: str, itemsize: int, row_count: int, width: int, depth: int, aligned: bool
+) -> tuple[Product, int]:
+    """Tile of a weight's gradient (width, depth), and into how many parts its sum over rows is split."""
+    tile = PRODUCT[chip, itemsize, aligned]
+    tiles = -(-width // tile.BLOCK_N) * -(-depth // tile.BLOCK_K)
+    splits = max(1, min(132 // max(tiles, 1), row_count // 1024))
+    return Product(32, tile.BLOCK_N, min(tile.BLOCK_M, 64), tile.num_warps, tile.num_stages), splits
 
 
 def scores(chip: str, itemsize: int, head_dim: int, key_count: int, masked: bool, aligned: bool) -> Scores:

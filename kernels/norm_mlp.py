@@ -68,7 +68,7 @@ def forward(
 ):
     mean, rstd = _statistics(x, eps)
     norm = (mean, rstd, norm_weight, norm_bias)
-    hidden, preact = _matmul.linear(x, fc1_weight, fc1_bias, None, None, activation, keep, norm)
+    hidden, preact = _matmul.linear(x, fc1_weight, fc1_bias, None, None, activation, keep, norm=norm)
     y, _ = _matmul.linear(hidden, fc2_weight, fc2_bias, layer_scale, x if residual else None, "none", False)
     if not keep:
         mean, rstd = x.new_empty(0), x.new_empty(0)
