@@ -44,8 +44,8 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def _layer_norm() -> Iterator[Launch]:
     def forward(width: int, full: bool) -> Callable[[torch.dtype], tuple]:
         def arguments(dtype: torch.dtype) -> tuple:
-            x, row = _empty(1000, width, dtype=dtype), _empty(width, dtype=dtype)
-            return (x, x, row, row, row, 1e-6) if full else (x, None, None, None, None, 1e-6)
+            x, row, samples = _empty(1000, width, dtype=dtype), _empty(width, dtype=dtype), _empty(8, dtype=dtype)
+            return (x, x, row, row, row, 1e-6, samples) if full else (x, None, None, None, None, 1e-6, None)
 
         return arguments
 

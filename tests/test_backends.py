@@ -36,9 +36,11 @@ class Fake:
     def why_not(self, *args):
         return self.reason
 
-    def forward(self, x, residual, layer_scale, weight, bias, eps):
+    def forward(self, x, residual, layer_scale, weight, bias, eps, sample_scale):
         self.calls += 1
-        y, z = ops._PUBLIC["layer_norm"][1].__globals__["reference"](x, residual, layer_scale, weight, bias, eps)
+        y, z = ops._PUBLIC["layer_norm"][1].__globals__["reference"](
+            x, residual, layer_scale, weight, bias, eps, sample_scale
+        )
         statistics = x.new_zeros(x.shape[0])
         return y, z if residual is not None else x.new_empty(0), statistics, statistics.clone()
 
@@ -213,5 +215,5 @@ def test_a_call_changes_no_global_state():
 def test_auto_passes_over_what_nobody_measured(caplog, monkeypatch):
     monkeypatch.setitem(backends._AUTO, "cpu", {"layer_norm": ("triton",)})
     monkeypatch.setattr(backends, "_reported", set())
-    assert backends.select("layer_norm", X, None, None, None, None, 1e-6) == "reference"
+    assert backends.select("layer_norm", X, None, None, None, None, 1e-6, None) == "reference"
     assert "triton is skipped because it has not been measured on a GPU yet" in caplog.text

@@ -24,7 +24,7 @@ def test_why_not_takes_what_forward_takes(launcher):
 
 def test_why_not_says_what_is_wrong():
     x = torch.zeros(2, 4, dtype=torch.float64, device=DEVICE)
-    assert "got float64" in layer_norm.why_not(x, None, None, None, None, 1e-6)
+    assert "got float64" in layer_norm.why_not(x, None, None, None, None, 1e-6, None)
     q = torch.zeros(1, 1, 2, 257, device=DEVICE)
     assert "up to 256, got 257" in attention.why_not(q, q, q, None, False, 1.0)
     assert "got meta" in linear.why_not(torch.zeros(2, 4, device="meta"), None, None, None, None, "none", False)
@@ -53,8 +53,8 @@ def test_strides_beyond_32_bits():
     weight = torch.randn(8, 16, device=DEVICE).half()
     heads = rows.view(1, 1, 2, 16)
     assert torch.equal(
-        layer_norm.forward(rows, rows, None, None, None, 1e-6)[0],
-        layer_norm.forward(near, near, None, None, None, 1e-6)[0],
+        layer_norm.forward(rows, rows, None, None, None, 1e-6, None)[0],
+        layer_norm.forward(near, near, None, None, None, 1e-6, None)[0],
     )
     assert torch.equal(
         linear.forward(rows, weight, None, None, None, "none", False)[0],
@@ -71,7 +71,7 @@ def test_nothing_in_nothing_out(dtype):
     def empty(*shape):
         return torch.zeros(shape, dtype=dtype, device=DEVICE)
 
-    y, z, mean, rstd = layer_norm.forward(empty(0, 8), empty(0, 8), None, None, None, 1e-6)
+    y, z, mean, rstd = layer_norm.forward(empty(0, 8), empty(0, 8), None, None, None, 1e-6, None)
     assert [tuple(t.shape) for t in (y, z, mean, rstd)] == [(0, 8), (0, 8), (0,), (0,)]
     y, preact = linear.forward(empty(0, 8), empty(4, 8), None, None, None, "gelu", True)
     assert (tuple(y.shape), tuple(preact.shape), y.dtype) == ((0, 4), (0, 4), dtype)

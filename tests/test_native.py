@@ -49,7 +49,7 @@ def arguments(op: str, dtype: torch.dtype, rows: int = 45) -> tuple:
     """One set of launcher arguments per op, with sizes that leave tails everywhere."""
     r = lambda *shape: torch.randn(*shape, dtype=dtype)  # noqa: E731
     if op == "layer_norm":
-        return r(rows, 83), r(rows, 83), r(83), r(83), r(83), 1e-6
+        return r(rows, 83), r(rows, 83), r(83), r(83), r(83), 1e-6, None
     if op == "attention":
         q, k, v = r(2, rows, 3, 3, 19).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v, torch.rand(2, 1, 1, rows).expand(2, 3, rows, rows) > 0.2, False, 0.23
@@ -207,8 +207,8 @@ def test_views_give_the_same_bits(isa, op):
 def test_rows_and_heads_of_stride_zero(isa):
     x, weight = torch.randn(1, 33).expand(20, 33), torch.randn(21, 33)
     assert torch.equal(linear(x, weight)[0], linear(x.contiguous(), weight)[0])
-    y = native.cpu.layer_norm.forward(x, None, None, None, None, 1e-6)[0]
-    assert torch.equal(y, native.cpu.layer_norm.forward(x.contiguous(), None, None, None, None, 1e-6)[0])
+    y = native.cpu.layer_norm.forward(x, None, None, None, None, 1e-6, None)[0]
+    assert torch.equal(y, native.cpu.layer_norm.forward(x.contiguous(), None, None, None, None, 1e-6, None)[0])
     q = torch.randn(1, 1, 1, 24).expand(2, 3, 40, 24)
     mask = torch.randn(1, 1, 40, 1).expand(2, 3, 40, 40)
     got = native.cpu.attention.forward(q, q, q, mask, True, 0.2)
@@ -262,7 +262,7 @@ def test_values_of_one_show_leaked_padding(isa):
 
 def test_rows_far_from_zero_keep_their_variance(isa):
     for row in (torch.full((1, 65), 1e4), torch.arange(40000.0, 40004.0)[None], torch.randn(3, 1023) + 1e4):
-        y, _, mean, rstd = native.cpu.layer_norm.forward(row, None, None, None, None, 1e-12)
+        y, _, mean, rstd = native.cpu.layer_norm.forward(row, None, None, None, None, 1e-12, None)
         exact = F.layer_norm(row.double(), row.shape[1:], eps=1e-12)
         assert (y.double() - exact).abs().max() < 1e-4 * exact.abs().max().clamp(min=1)
         assert torch.equal(mean, row.double().mean(1).float())
