@@ -11,7 +11,7 @@ ARGS   ?=
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help build lint test test-full bench plot readme gpu clean
+.PHONY: help build lint test test-full mutants bench plot readme gpu clean
 
 py      := $(VENV)/bin/python
 pip     := $(py) -m pip install -q --disable-pip-version-check
@@ -37,6 +37,9 @@ test: $(VENV)/.built ## every test (ARGS="-k attention" for some)
 test-full: $(VENV)/.built ## every test with its whole grid of cases, on every core if pytest-xdist is there
 	if $(call has,xdist); then export OMP_NUM_THREADS=1; spread="-n auto --dist loadgroup"; fi; \
 	$(py) -m pytest --full $$spread $(ARGS)
+
+mutants: $(VENV)/.built ## plant known faults in the kernels and see that the tests notice (ARGS="attention" for one op)
+	$(py) tests/mutants.py --csv benchmarks/results/mutants.csv $(ARGS)
 
 bench: $(VENV)/.built ## ViT-B/16 on two photographs: table, CSV, chart in RESULTS=build/bench (ARGS="--batch 16")
 	$(py) -m fastvit bench --csv $(RESULTS)/rows.csv --plot $(RESULTS)/rows.png $(ARGS)

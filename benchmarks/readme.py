@@ -40,8 +40,8 @@ def render(readme: str, rows: Iterable[Row]) -> str:
 
 
 def committed_rows(folder: Path = ROOT / "benchmarks" / "results") -> list[dict[str, str]]:
-    """Every row of the CSV files in a folder, file by file."""
-    return [row for path in sorted(folder.glob("*.csv")) for row in rows_module.read(path)]
+    """Every row of the model benchmarks in a folder, file by file; other tables lie beside them."""
+    return [row for path in sorted(folder.glob("rows*.csv")) for row in rows_module.read(path)]
 
 
 def _of_device(device: str, rows: Sequence[Row]) -> str:
