@@ -42,31 +42,59 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _layer_norm() -> Iterator[Launch]:
-    def forward(width: int, full: bool) -> Callable[[torch.dtype], tuple]:
+    def row_tensors(rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        return _empty(rows, width, dtype=dtype), _empty(width, dtype=dtype), _empty(8, dtype=dtype)
+
+    def forward(rows: int, width: int, full: bool) -> Callable[[torch.dtype], tuple]:
         def arguments(dtype: torch.dtype) -> tuple:
-            x, row, samples = _empty(1000, width, dtype=dtype), _empty(width, dtype=dtype), _empty(8, dtype=dtype)
-            return (x, x, row, row, row, 1e-6, samples) if full else (x, None, None, None, None, 1e-6, None)
+            x, row, samples = row_tensors(rows, width, dtype)
+            return (x, x, row, row, row, 1e-6, samples) if full else (x, None, None, row, row, 1e-6, None)
 
         return arguments
 
-    yield Launch("layer_norm", "forward", "bare 768", forward(768, False))
-    for width in (192, 8192, 65537):
-        yield Launch("layer_norm", "forward", f"full {width}", forward(width, True))
+    def backward(rows: int, width: int, full: bool) -> Callable[[torch.dtype], tuple]:
+        def arguments(dtype: torch.dtype) -> tuple:
+            x, row, samples = row_tensors(rows, width, dtype)
+            statistics = _empty(rows, dtype=torch.float32)
+            options = (x, row, samples) if full else (None, None, None)
+            return x, x if full else None, x, statistics, statistics, row, *options
+
+        return arguments
+
+    for width in (192, 384, 768, 1023, 1024, 1280, 1408, 1664, 4096, 65537):
+        for full in (False, True):
+            rows = 256 * 197 if width < 4096 else 1000
+            label = f"{'residual' if full else 'plain'} {width}"
+            yield Launch("layer_norm", "forward", label, forward(rows, width, full))
+            yield Launch("layer_norm", "backward", label, backward(rows, width, full))
 
 
 def _linear() -> Iterator[Launch]:
-    def forward(rows: int, depth: int, full: bool, activation: str) -> Callable[[torch.dtype], tuple]:
+    def forward(rows: int, depth: int, width: int, full: bool, activation: str) -> Callable[[torch.dtype], tuple]:
         def arguments(dtype: torch.dtype) -> tuple:
-            x, weight, row = _empty(rows, depth, dtype=dtype), _empty(768, depth, dtype=dtype), _empty(768, dtype=dtype)
+            x, weight = _empty(rows, depth, dtype=dtype), _empty(width, depth, dtype=dtype)
+            row = _empty(width, dtype=dtype)
             if not full:
-                return x, weight, None, None, None, activation, False
-            return x, weight, row, row, _empty(rows, 768, dtype=dtype), activation, True
+                return x, weight, None, None, None, activation, False, None
+            residual = _empty(rows, width, dtype=dtype)
+            return x, weight, row, row, residual, activation, True, _empty(8, dtype=dtype)
 
         return arguments
 
-    yield Launch("linear", "forward", "bare", forward(1000, 768, False, "none"))
-    yield Launch("linear", "forward", "full gelu_tanh odd", forward(1000, 59, True, "gelu_tanh"))
-    yield Launch("linear", "forward", "full gelu few rows", forward(8, 768, True, "gelu"))
+    def backward(rows: int, depth: int, width: int, full: bool, activation: str) -> Callable[[torch.dtype], tuple]:
+        def arguments(dtype: torch.dtype) -> tuple:
+            x, weight = _empty(rows, depth, dtype=dtype), _empty(width, depth, dtype=dtype)
+            row = _empty(width, dtype=dtype)
+            dy = _empty(rows, width, dtype=dtype)
+            preact = dy if activation != "none" else _empty(0, dtype=dtype)
+            row, samples = (row, _empty(8, dtype=dtype)) if full else (None, None)
+            return dy, x, weight, row, row, preact, activation, samples
+
+        return arguments
+
+    yield Launch("linear", "forward", "bare", forward(1000, 768, 768, False, "none"))
+    yield Launch("linear", "forward", "full gelu_tanh odd", forward(1000, 59, 768, True, "gelu_tanh"))
+    yield Launch("linear", "forward", "full gelu few rows", forward(8, 768, 768, True, "gelu"))
 
 
 def _norm_mlp() -> Iterator[Launch]:
@@ -75,8 +103,8 @@ def _norm_mlp() -> Iterator[Launch]:
             x, row, hidden = _empty(1000, width, dtype=dtype), _empty(width, dtype=dtype), _empty(3072, dtype=dtype)
             up, down = _empty(3072, width, dtype=dtype), _empty(width, 3072, dtype=dtype)
             if not full:
-                return x, None, None, up, None, down, None, None, 1e-6, "quick_gelu", False, False
-            return x, row, row, up, hidden, down, row, row, 1e-6, "gelu", True, True
+                return x, None, None, up, None, down, None, None, 1e-6, "quick_gelu", False, False, None
+            return x, row, row, up, hidden, down, row, row, 1e-6, "gelu", True, True, None
 
         return arguments
 

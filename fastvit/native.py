@@ -21,7 +21,9 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 
 # Options at the end of an op's contract that no native kernel takes yet: the contract's last arguments, in order.
 _OPTIONS: dict[str, tuple[str, ...]] = {
+    "linear": ("sample_scale",),
     "layer_norm": ("sample_scale",),
+    "norm_mlp": ("sample_scale",),
 }
 
 # What loading the extension said: absent = not tried, empty = loaded.

@@ -14,7 +14,8 @@ from ._device import _refined_statistics, _row_statistics
 
 
 def why_not(
-    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, eps, activation, residual, keep
+    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, eps, activation, residual, keep,
+    sample_scale,
 ) -> str | None:
     return _device.why_not(x)
 
@@ -64,12 +65,14 @@ def _statistics(x, eps):
 
 
 def forward(
-    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, eps, activation, residual, keep
+    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, eps, activation, residual, keep,
+    sample_scale,
 ):
     mean, rstd = _statistics(x, eps)
     norm = (mean, rstd, norm_weight, norm_bias)
     hidden, preact = _matmul.linear(x, fc1_weight, fc1_bias, None, None, activation, keep, norm=norm)
-    y, _ = _matmul.linear(hidden, fc2_weight, fc2_bias, layer_scale, x if residual else None, "none", False)
+    residual = x if residual else None
+    y, _ = _matmul.linear(hidden, fc2_weight, fc2_bias, layer_scale, residual, "none", False, sample_scale)
     if not keep:
         mean, rstd = x.new_empty(0), x.new_empty(0)
     return y, mean, rstd, preact

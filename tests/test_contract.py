@@ -31,12 +31,14 @@ def attention_unpacked_case(place):
 
 def linear_case(place):
     x, w, b, s, r = tensors((6, 24), (16, 24), (16,), (16,), (6, 16))
-    return torch.ops.fastvit.linear, (x, w, b, s, r, "gelu", True, place.backend)
+    keep = torch.tensor([0.0, 1.25]) if place.backend == "triton" else None
+    return torch.ops.fastvit.linear, (x, w, b, s, r, "gelu", True, keep, place.backend)
 
 
 def norm_mlp_case(place):
     args = tensors((6, 16), (16,), (16,), (24, 16), (24,), (16, 24), (16,), (16,))
-    return torch.ops.fastvit.norm_mlp, (*args, 1e-6, "gelu", True, True, place.backend)
+    scale = torch.tensor([0.0, 2.0]) if place.backend == "triton" else None
+    return torch.ops.fastvit.norm_mlp, (*args, 1e-6, "gelu", True, True, scale, place.backend)
 
 
 def patch_embed_case(place):

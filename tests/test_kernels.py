@@ -27,7 +27,7 @@ def test_why_not_says_what_is_wrong():
     assert "got float64" in layer_norm.why_not(x, None, None, None, None, 1e-6, None)
     q = torch.zeros(1, 1, 2, 257, device=DEVICE)
     assert "up to 256, got 257" in attention.why_not(q, q, q, None, False, 1.0)
-    assert "got meta" in linear.why_not(torch.zeros(2, 4, device="meta"), None, None, None, None, "none", False)
+    assert "got meta" in linear.why_not(torch.zeros(2, 4, device="meta"), None, None, None, None, "none", False, None)
 
 
 @pytest.mark.skipif(not _device.INTERPRETING, reason="GPU: nothing is interpreted here")
@@ -57,8 +57,8 @@ def test_strides_beyond_32_bits():
         layer_norm.forward(near, near, None, None, None, 1e-6, None)[0],
     )
     assert torch.equal(
-        linear.forward(rows, weight, None, None, None, "none", False)[0],
-        linear.forward(near, weight, None, None, None, "none", False)[0],
+        linear.forward(rows, weight, None, None, None, "none", False, None)[0],
+        linear.forward(near, weight, None, None, None, "none", False, None)[0],
     )
     assert torch.equal(
         attention.forward(heads, heads, heads, None, False, 0.25)[0],
@@ -73,10 +73,10 @@ def test_nothing_in_nothing_out(dtype):
 
     y, z, mean, rstd = layer_norm.forward(empty(0, 8), empty(0, 8), None, None, None, 1e-6, None)
     assert [tuple(t.shape) for t in (y, z, mean, rstd)] == [(0, 8), (0, 8), (0,), (0,)]
-    y, preact = linear.forward(empty(0, 8), empty(4, 8), None, None, None, "gelu", True)
+    y, preact = linear.forward(empty(0, 8), empty(4, 8), None, None, None, "gelu", True, None)
     assert (tuple(y.shape), tuple(preact.shape), y.dtype) == ((0, 4), (0, 4), dtype)
     outputs = norm_mlp.forward(
-        empty(0, 8), None, None, empty(16, 8), None, empty(8, 16), None, None, 1e-6, "gelu", True, True
+        empty(0, 8), None, None, empty(16, 8), None, empty(8, 16), None, None, 1e-6, "gelu", True, True, None
     )
     assert [tuple(t.shape) for t in outputs] == [(0, 8), (0,), (0,), (0, 16)]
     for batch, tokens in ((0, 5), (2, 0)):

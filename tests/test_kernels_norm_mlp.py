@@ -24,11 +24,11 @@ def test_norm_mlp(dtype):
         return preact, x + scale * F.linear(F.gelu(preact), down, down_bias)
 
     exact, eager = mathematics(*double(*tensors)), mathematics(*tensors)
-    y, mean, rstd, preact = run(norm_mlp, *tensors, 1e-6, "gelu", True, True)
+    y, mean, rstd, preact = run(norm_mlp, *tensors, 1e-6, "gelu", True, True, None)
     assert_close("preact", preact, exact[0], eager[0])
     assert_close("y", y, exact[1], eager[1])
     torch.testing.assert_close(mean.double(), x.double().mean(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rstd.double(), (x.double().var(1, correction=0) + 1e-6).rsqrt(), rtol=1e-5, atol=0)
-    again, *nothing = run(norm_mlp, *tensors, 1e-6, "gelu", True, False)
+    again, *nothing = run(norm_mlp, *tensors, 1e-6, "gelu", True, False, None)
     assert torch.equal(again, y)
     assert not any(t.numel() for t in nothing)

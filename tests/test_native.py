@@ -42,7 +42,7 @@ def threads():
 
 
 def linear(x: Tensor, weight: Tensor, *, bias=None, scale=None, residual=None, activation="none", keep=False):
-    return native.cpu.linear.forward(x, weight, bias, scale, residual, activation, keep)
+    return native.cpu.linear.forward(x, weight, bias, scale, residual, activation, keep, None)
 
 
 def arguments(op: str, dtype: torch.dtype, rows: int = 45) -> tuple:
@@ -54,10 +54,10 @@ def arguments(op: str, dtype: torch.dtype, rows: int = 45) -> tuple:
         q, k, v = r(2, rows, 3, 3, 19).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v, torch.rand(2, 1, 1, rows).expand(2, 3, rows, rows) > 0.2, False, 0.23
     if op == "linear":
-        return r(rows, 67), r(71, 67), r(71), r(71), r(rows, 71), "gelu", True
+        return r(rows, 67), r(71, 67), r(71), r(71), r(rows, 71), "gelu", True, None
     if op == "norm_mlp":
         parameters = r(53), r(53), r(101, 53) / 7, r(101), r(53, 101) / 10, r(53), r(53)
-        return r(rows, 53), *parameters, 1e-6, "gelu", True, True
+        return r(rows, 53), *parameters, 1e-6, "gelu", True, True, None
     image = torch.randint(0, 256, (rows // 9, 3, 15, 15), dtype=torch.uint8)
     return image, r(37, 3, 5, 5), r(37), r(11, 37), r(2, 37), torch.rand(3) / 99, torch.randn(3)
 
@@ -350,6 +350,6 @@ def test_launchers_say_what_they_refuse():
 def test_asking_is_traceable():
     @torch.compile(fullgraph=True, backend="eager")
     def double_if_native(x, weight):
-        return x * 2 if native.cpu.linear.why_not(x, weight, None, None, None, "none", False) is None else x
+        return x * 2 if native.cpu.linear.why_not(x, weight, None, None, None, "none", False, None) is None else x
 
     assert torch.equal(double_if_native(torch.ones(2, 3), torch.ones(4, 3)), torch.full((2, 3), 2.0))
