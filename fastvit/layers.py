@@ -41,6 +41,14 @@ def _active(dropout: nn.Module) -> bool:
     return dropout.training and getattr(dropout, "p", getattr(dropout, "drop_prob", 0.0)) > 0.0
 
 
+def _drop_path_rate(drop_path: Any) -> float | None:
+    """The rate an op has to drop branches at in this module's place, or None where the module must be called itself."""
+    if not _active(drop_path):
+        return 0.0
+    plain = type(drop_path).__name__ == "DropPath" and getattr(drop_path, "scale_by_keep", True)
+    return drop_path.drop_prob if plain and drop_path.drop_prob < 1.0 else None
+
+
 def _norm_args(norm: Any) -> tuple[Tensor | None, Tensor | None, float] | None:
     return None if isinstance(norm, nn.Identity) else (norm.weight, norm.bias, norm.eps)
 
@@ -301,12 +309,13 @@ def _gamma(layer_scale: Any) -> Tensor | None:
 def _add_branch(
     x: Tensor, h: Tensor, linear: nn.Linear, dropout: nn.Module, layer_scale: nn.Module, drop_path: nn.Module
 ) -> Tensor:
-    """x + drop_path(layer_scale(dropout(linear(h)))), in one op when neither dropout is active."""
+    """x + drop_path(layer_scale(dropout(linear(h)))), in one op when the dropout is inactive."""
     if _active(dropout):
         return x + drop_path(layer_scale(dropout(ops.linear(h, linear.weight, linear.bias))))
-    if _active(drop_path):
-        return x + drop_path(ops.linear(h, linear.weight, linear.bias, layer_scale=_gamma(layer_scale)))
-    return ops.linear(h, linear.weight, linear.bias, layer_scale=_gamma(layer_scale), residual=x)
+    rate, gamma = _drop_path_rate(drop_path), _gamma(layer_scale)
+    if rate is None:
+        return x + drop_path(ops.linear(h, linear.weight, linear.bias, layer_scale=gamma))
+    return ops.linear(h, linear.weight, linear.bias, layer_scale=gamma, residual=x, drop_path=rate)
 
 
 def _add_mlp(x: Tensor, norm: nn.LayerNorm, mlp: Mlp, layer_scale: nn.Module, drop_path: nn.Module) -> Tensor:
@@ -316,7 +325,7 @@ def _add_mlp(x: Tensor, norm: nn.LayerNorm, mlp: Mlp, layer_scale: nn.Module, dr
         normalised = ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
         hidden = ops.linear(normalised, mlp.fc1.weight, mlp.fc1.bias, activation=activation)
         return _add_branch(x, mlp.drop1(hidden), mlp.fc2, mlp.drop2, layer_scale, drop_path)
-    dropped = _active(drop_path)
+    rate = _drop_path_rate(drop_path)
     y = ops.norm_mlp(
         x,
         norm.weight,
@@ -328,9 +337,10 @@ def _add_mlp(x: Tensor, norm: nn.LayerNorm, mlp: Mlp, layer_scale: nn.Module, dr
         norm.eps,
         activation=activation,
         layer_scale=_gamma(layer_scale),
-        residual=not dropped,
+        residual=rate is not None,
+        drop_path=rate or 0.0,
     )
-    return x + drop_path(y) if dropped else y
+    return x + drop_path(y) if rate is None else y
 
 
 def pool(x: Tensor, mode: str, num_prefix_tokens: int, include_prefix: bool) -> Tensor:

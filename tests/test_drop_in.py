@@ -135,6 +135,37 @@ def test_training_with_dropout(rate):
     assert torch.allclose(fused, fastvit.restore(model)(x), atol=1e-3)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.1}], ids=str)
+def test_drop_path_drops_the_samples_that_eager_drops(options, backend, autocast):
+    if not fastvit.is_available(backend) or (backend == "triton" and torch.cuda.is_available()):
+        pytest.skip(f"GPU: {backend} does not run on CPU tensors here")
+    model, x = small_timm(drop_path_rate=0.5, **options).train(), images(6)
+
+    def training_forward():
+        torch.manual_seed(3)
+        with fastvit.backend(backend), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return model(x).float()
+
+    eager = training_forward()
+    fastvit.accelerate(model)
+    assert torch.allclose(training_forward(), eager, atol=0.2 if autocast else 1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"scale_by_keep": False}, {"drop_prob": 1.0}], ids=str)
+def test_unusual_drop_path_modules_are_called_themselves(changes):
+    model, x = small_timm(drop_path_rate=0.5).train(), images(6)
+    for block in model.blocks[1:]:
+        for module in (block.drop_path1, block.drop_path2):
+            vars(module).update(changes)
+    torch.manual_seed(3)
+    eager = model(x)
+    fastvit.accelerate(model)
+    torch.manual_seed(3)
+    assert torch.allclose(model(x), eager, atol=1e-3)
+
+
 def test_training_step_follows_eager():
     x, target = images(8), torch.randint(0, 11, (8,))
 

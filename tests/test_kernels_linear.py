@@ -24,7 +24,7 @@ ACTIVATIONS = {
 def test_linear(dtype, activation, rows, depth, width):
     x, weight = random(rows, depth, dtype=dtype), random(width, depth, dtype=dtype, scale=depth**-0.5)
     bias, scale, residual = (random(*shape, dtype=dtype) for shape in ((width,), (width,), (rows, width)))
-    y, preact = run(linear, x, weight, bias, scale, residual, activation, True)
+    y, preact = run(linear, x, weight, bias, scale, residual, activation, True, None)
 
     def mathematics(x, weight, bias, scale, residual):
         preact = F.linear(x, weight, bias)
@@ -34,7 +34,7 @@ def test_linear(dtype, activation, rows, depth, width):
     eager = mathematics(x, weight, bias, scale, residual)
     assert_close("preact", preact, exact[0], eager[0])
     assert_close("y", y, exact[1], eager[1])
-    bare, empty = run(linear, x, weight, None, None, None, activation, False)
+    bare, empty = run(linear, x, weight, None, None, None, activation, False, None)
     assert empty.numel() == 0
     exact, eager = (ACTIVATIONS[activation](F.linear(*t)) for t in (double(x, weight), (x, weight)))
     assert_close("bare", bare, exact, eager)

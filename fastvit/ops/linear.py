@@ -1,4 +1,7 @@
-"""Linear layer with its epilogue: y = residual + layer_scale * activation(x Wᵀ + b)."""
+"""Linear layer with its epilogue: y = residual + sample_scale * layer_scale * activation(x Wᵀ + b).
+
+LayerScale is arXiv 2103.17239, stochastic depth (sample_scale: one factor per sample) arXiv 1603.09382.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -40,10 +43,12 @@ def reference(
     residual: Tensor | None,
     activation: str,
     keep_preact: bool = False,
+    sample_scale: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch; ``keep_preact`` belongs to the launchers and means nothing here."""
     y = activate(F.linear(x, weight, bias), activation)
     y = y if layer_scale is None else y * layer_scale
+    y = y if sample_scale is None else y * contract.per_row(sample_scale, x.shape[0])
     return y if residual is None else residual + y
 
 
@@ -55,13 +60,15 @@ def reference_backward(
     layer_scale: Tensor | None,
     preact: Tensor,
     activation: str,
+    sample_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, dweight, dbias, dlayer_scale); the residual's is dy itself.
 
     Without an activation the output need not be kept for LayerScale: with G = dyᵀ x,
-    dlayer_scale = Σ_k W G + b Σ dy and dweight = layer_scale G.
+    dlayer_scale = Σ_k W G + b Σ dy and dweight = layer_scale G. A sample's factor goes into dy first.
     """
     wide = torch.promote_types(dy.dtype, torch.float32)
+    dy = dy if sample_scale is None else dy * contract.per_row(sample_scale, dy.shape[0])
     if layer_scale is None or activation == "none":
         d = activation_backward(dy, preact, activation)
         dweight, dbias = d.t() @ x, d.sum(0, dtype=wide)
@@ -86,13 +93,14 @@ def _forward(
     residual: Tensor | None,
     activation: str,
     keep_preact: bool,
+    sample_scale: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     launch = backends.implementation("linear", backend).forward
-    return launch(x, weight, bias, layer_scale, residual, activation, keep_preact)
+    return launch(x, weight, bias, layer_scale, residual, activation, keep_preact, sample_scale)
 
 
-def _fake(x, weight, bias, layer_scale, residual, activation, keep_preact, backend):
+def _fake(x, weight, bias, layer_scale, residual, activation, keep_preact, sample_scale, backend):
     y = x.new_empty(x.shape[0], weight.shape[0])
     return y, torch.empty_like(y) if keep_preact else contract.absent(x)
 
@@ -105,29 +113,31 @@ def _backward(
     layer_scale: Tensor | None,
     preact: Tensor,
     activation: str,
+    sample_scale: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     launch = contract.backward_launcher("linear", backend, reference_backward)
-    return launch(contract.rows(dy), x, weight, bias, layer_scale, preact, activation)
+    return launch(contract.rows(dy), x, weight, bias, layer_scale, preact, activation, sample_scale)
 
 
-def _backward_fake(dy, x, weight, bias, layer_scale, preact, activation, backend):
+def _backward_fake(dy, x, weight, bias, layer_scale, preact, activation, sample_scale, backend):
     dscale = contract.absent(dy) if layer_scale is None else torch.empty_like(layer_scale)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]), dscale
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, layer_scale, residual, activation, _, backend = inputs
+    x, weight, bias, layer_scale, residual, activation, _, sample_scale, backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.has_residual = residual is not None
     ctx.activation, ctx.backend = activation, backend
-    ctx.save_for_backward(x, weight, bias, layer_scale, output[1])
+    ctx.save_for_backward(x, weight, bias, layer_scale, output[1], sample_scale)
 
 
 def _autograd(ctx, dy, _preact):
-    x, weight, bias, layer_scale, preact = ctx.saved_tensors
-    dx, dweight, dbias, dscale = _backward_op(dy, x, weight, bias, layer_scale, preact, ctx.activation, ctx.backend)
+    *saved, sample_scale = ctx.saved_tensors
+    _, _, bias, layer_scale, _ = saved
+    dx, dweight, dbias, dscale = _backward_op(dy, *saved, ctx.activation, sample_scale, ctx.backend)
     return (
         dx,
         dweight,
@@ -137,16 +147,20 @@ def _autograd(ctx, dy, _preact):
         None,
         None,
         None,
+        None,
     )
 
 
 _op, _backward_op = contract.register("linear", _forward, _fake, _backward, _backward_fake, _setup_context, _autograd)
 
 
-def prepare_linear(x, weight, bias=None, *, activation=None, layer_scale=None, residual=None):
-    """Check the public arguments and turn them into the launchers'."""
+def prepare_linear(x, weight, bias=None, *, activation=None, layer_scale=None, residual=None, drop_path=0.0):
+    """Check the public arguments and turn them into the launchers'; the sample factors are drawn later."""
+    contract.check_rate("linear", "drop_path", drop_path)
     contract.check_tensor("linear", "x", x, tuple(range(1, 9)))
     contract.check_tensor("linear", "weight", weight, 2)
+    if drop_path > 0.0 and x.dim() == 1:
+        raise ValueError(f"fastvit.linear: drop_path needs x to have a batch dimension, got shape {tuple(x.shape)}")
     activation = contract.check_activation("linear", activation)
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -166,6 +180,7 @@ def prepare_linear(x, weight, bias=None, *, activation=None, layer_scale=None, r
         None if residual is None else contract.rows(residual),
         activation,
         keep_preact,
+        None,
     )
 
 
@@ -177,6 +192,7 @@ def linear(
     activation: str | None = None,
     layer_scale: Tensor | None = None,
     residual: Tensor | None = None,
+    drop_path: float = 0.0,
 ) -> Tensor:
     """Linear layer with its epilogue in one pass: y = residual + layer_scale * activation(x Wᵀ + b).
 
@@ -186,13 +202,16 @@ def linear(
         bias, layer_scale: (N,) or None.
         activation: None, "gelu" (error function), "gelu_tanh" or "quick_gelu" (x·sigmoid(1.702x)).
         residual: (..., N) or None.
+        drop_path: rate of stochastic depth (arXiv 1603.09382); each sample x[i] loses all but its residual with this
+            probability and the others' product is scaled by 1 / (1 - rate). Pass 0 outside training.
 
     Returns:
         (..., N), contiguous. Under autocast the product runs in autocast's dtype and a residual keeps its own, as the
         eager sum would.
 
     Raises:
-        TypeError, ValueError: dtypes, devices or shapes that do not fit, or an unknown activation.
+        TypeError, ValueError: dtypes, devices or shapes that do not fit, an unknown activation, or a rate outside
+            [0, 1).
     """
     low = None if not isinstance(x, Tensor) else contract.autocast_dtype(x)
     if low is not None:
@@ -200,8 +219,22 @@ def linear(
         if any(t is not None and t.dtype != low for t in (layer_scale, residual)):
             y = linear(x, weight, bias, activation=activation)
             y = y if layer_scale is None else y * layer_scale
-            return y if residual is None else residual + y
-    args = prepare_linear(x, weight, bias, activation=activation, layer_scale=layer_scale, residual=residual)
+            contract.check_rate("linear", "drop_path", drop_path)
+            return _add(y, residual, contract.drop_path_scale(y, drop_path) if drop_path > 0.0 else None)
+    args = prepare_linear(
+        x, weight, bias, activation=activation, layer_scale=layer_scale, residual=residual, drop_path=drop_path
+    )
+    if drop_path > 0.0:
+        factor = contract.drop_path_scale(x, drop_path)
+        fused = (*args[:-1], factor.view(-1))
+        if backends.serving("linear", *fused) is None:
+            return _add(linear(x, weight, bias, activation=activation, layer_scale=layer_scale), residual, factor)
+        args = fused
     backend = backends.select("linear", *args)
     y = reference(*args) if backend == "reference" else _op(*args, backend)[0]
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _add(y: Tensor, residual: Tensor | None, factor: Tensor | None) -> Tensor:
+    y = y if factor is None else y * factor
+    return y if residual is None else residual + y
