@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 WARMUP_ROUNDS = 2
+BURST_S, BURST_CALLS = 3e-3, (3, 40)  # device seconds of one burst, and its fewest and most calls
+SETS = (2, 256)  # fewest and most sets of tensors that take turns
 BUDGET_S = 20.0  # timed seconds per case when the number of rounds is left open
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 
@@ -89,6 +91,89 @@ def _time_on_cpu(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+class Burst:
+    """A clock for calls shorter than their launch: device seconds of one call, from many queued one behind the other.
+
+    A kernel that spins holds the queue back until all of them are in it, so that the device never waits for Python.
+    What a lone call costs a user, launch included, is `stopwatch`'s to say.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._plans: dict[Callable[[], object], tuple[int, int]] = {}
+        probe = 10_000_000
+        self._cycles_per_s = probe / self._timed(lambda: torch.cuda._sleep(probe), 1, 0)
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        if call not in self._plans:
+            self._plans[call] = self._plan(call)
+        return self._timed(call, *self._plans[call])
+
+    def _plan(self, call: Callable[[], object]) -> tuple[int, int]:
+        """How many calls make a burst, and how many cycles to spin while they are queued."""
+        few, most = BURST_CALLS
+        call()
+        torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        for _ in range(few):
+            call()
+        queued = (time.perf_counter() - start) / few
+        torch.cuda.synchronize(self._device)
+        done = (time.perf_counter() - start) / few
+        count = max(few, min(int(BURST_S / done), most))
+        return count, int(1.5 * queued * count * self._cycles_per_s)
+
+    def _timed(self, call: Callable[[], object], count: int, cycles: int) -> float:
+        torch.cuda.synchronize(self._device)
+        if cycles:
+            torch.cuda._sleep(cycles)
+        self._start.record()
+        for _ in range(count):
+            call()
+        self._end.record()
+        torch.cuda.synchronize(self._device)
+        return self._start.elapsed_time(self._end) / 1e3 / count
+
+
+def cold_sets(device: torch.device, set_bytes: int) -> int:
+    """How many sets of tensors must take turns so that none is in the cache when its turn comes: four caches' worth.
+
+    One on a CPU, where a model's layers hand each other their results through the cache as well.
+    """
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    fewest, most = SETS
+    return max(fewest, min(math.ceil(4 * cache / set_bytes), most))
+
+
+class Turns:
+    """A call that runs the next of several calls each time."""
+
+    def __init__(self, calls: Sequence[Callable[[], torch.Tensor]]) -> None:
+        self._calls, self._next = calls, 0
+
+    def __call__(self) -> torch.Tensor:
+        chosen = self._calls[self._next]
+        self._next = (self._next + 1) % len(self._calls)
+        return chosen()
+
+
+def sparsely(sample: Callable[[], object], share: float = 0.25) -> Callable[[], None]:
+    """The same measurement, left out whenever it has taken more than this share of the time since its first."""
+    start, spent = time.perf_counter(), 0.0
+
+    def maybe() -> None:
+        nonlocal spent
+        before = time.perf_counter()
+        if spent <= share * (before - start):
+            sample()
+            spent += time.perf_counter() - before
+
+    return maybe
+
+
 def interleave(
     providers: Sequence[Provider],
     clock: Callable[[Callable[[], object]], float],
@@ -96,6 +181,7 @@ def interleave(
     warmup: int = WARMUP_ROUNDS,
     on_round: Callable[[int, int], None] = lambda done, rounds: None,
     between: Callable[[], object] = lambda: None,
+    budget_s: float = BUDGET_S,
 ) -> dict[str, Timing]:
     """Time providers against each other.
 
@@ -105,10 +191,11 @@ def interleave(
     Args:
         providers: what to time.
         clock: runs a call and returns its seconds.
-        repeats: rounds to time; None takes as many as fit in `BUDGET_S`, within `MIN_ROUNDS` and `MAX_ROUNDS`.
+        repeats: rounds to time; None takes as many as fit in `budget_s`, within `MIN_ROUNDS` and `MAX_ROUNDS`.
         warmup: rounds that are run first and not kept.
         on_round: told (rounds done, rounds in all) after each round, warm-up included.
         between: runs after each timed round, such as the measurement of a ceiling.
+        budget_s: timed seconds in all when the number of rounds is left open.
     """
     timings = {provider.name: Timing() for provider in providers}
     last_round = 0.0
@@ -116,7 +203,7 @@ def interleave(
         last_round = sum(_one_round(providers, clock, turn).values())
         on_round(turn + 1, warmup + (repeats or MIN_ROUNDS))
     if repeats is None:
-        fitting = int(BUDGET_S / last_round) if last_round > 0 else MIN_ROUNDS
+        fitting = int(budget_s / last_round) if last_round > 0 else MIN_ROUNDS
         repeats = max(MIN_ROUNDS, min(fitting, MAX_ROUNDS))
     for turn in range(repeats):
         for name, seconds in _one_round(providers, clock, turn).items():

@@ -41,7 +41,7 @@ def check_target(path: str | Path) -> Path:
 
 
 def draw(rows: Sequence[Row], path: str | Path) -> Path:
-    """Draw images per second of every provider, one panel per case, and write the file in one step.
+    """Draw images per second of every provider, one panel per model case, and write the file in one step.
 
     Each bar says its speed and its ratio to eager; whiskers span the 20th to the 80th percentile. A provider whose
     logits were wrong has no bar, only the word FAILED.
@@ -50,7 +50,7 @@ def draw(rows: Sequence[Row], path: str | Path) -> Path:
         PlotError: no rows, matplotlib is missing, or an unknown suffix.
     """
     path = check_target(path)
-    panels = _panels(rows)
+    panels = _panels(rows_module.of_level(rows, rows_module.MODEL))
     if not panels:
         raise PlotError("no rows to draw")
     figure = _figure(panels)

@@ -5,17 +5,21 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 KEY = ("case", "shape", "dtype", "direction", "provider", "device")
 COLUMNS = (
     *KEY,
     "status",
+    "level",
     "median_ms",
     "p20_ms",
     "p80_ms",
     "repeats",
+    "call_ms",
     "images_per_s",
     "gflops",
+    "gbs",
     "ratio",
     "max_error",
     "error_ratio",
@@ -39,6 +43,9 @@ COLUMNS = (
     "commit",
 )
 
+# What a row is about, in its column "level": a whole model (also where the column is empty) or one op.
+MODEL, OP = "", "op"
+
 Row = Mapping[str, object]
 
 
@@ -49,6 +56,14 @@ class RowError(ValueError):
 def key(row: Row) -> tuple[str, ...]:
     """The values that make a row unique."""
     return tuple(_cell(row[column]) for column in KEY)
+
+
+R = TypeVar("R", bound=Row)
+
+
+def of_level(rows: Iterable[R], level: str) -> list[R]:
+    """The rows about whole models, or about ops."""
+    return [row for row in rows if (row.get("level") or MODEL) == level]
 
 
 def read(path: str | Path) -> list[dict[str, str]]:

@@ -39,8 +39,8 @@ class Options:
     seed: int = 0
 
 
-def why_not_measured(backend: str, device: torch.device) -> str | None:
-    """Why a backend is no speed candidate on this device, or None when it is one."""
+def why_not_measured(backend: str, device: torch.device, whole_model: bool = True) -> str | None:
+    """Why a backend is no speed candidate on this device, for whole models or single ops, or None when it is."""
     import fastvit.backends
 
     if backend == "auto":
@@ -50,13 +50,17 @@ def why_not_measured(backend: str, device: torch.device) -> str | None:
     reason = fastvit.backends.why_unavailable(backend)
     if reason is not None:
         return reason
+    if backend in ("cpu", "cuda") and backend != device.type:
+        return f"its kernels do not run on {device.type} tensors"
     lacking = [op for op, served in fastvit.backends.OPS.items() if backend not in ("reference", *served)]
-    if lacking:
+    if lacking and whole_model:
         return f"{backend} has no kernel yet for {', '.join(lacking)}; auto uses those it has"
     return None
 
 
-def candidates(device: torch.device, requested: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+def candidates(
+    device: torch.device, requested: Sequence[str], whole_model: bool = True
+) -> tuple[tuple[str, ...], dict[str, str]]:
     """The backends to measure and, for those left out, the reason.
 
     Raises:
@@ -67,13 +71,13 @@ def candidates(device: torch.device, requested: Sequence[str]) -> tuple[tuple[st
     if fastvit.backends.SETTINGS.disable:
         raise UnavailableError("the environment switches fastvit off, so there is nothing to compare with eager")
     if requested:
-        refused = {name: reason for name in requested if (reason := why_not_measured(name, device))}
+        refused = {name: reason for name in requested if (reason := why_not_measured(name, device, whole_model))}
         if refused:
             raise UnavailableError(
                 "; ".join(f"backend {name} cannot be measured here: {why}" for name, why in refused.items())
             )
         return tuple(dict.fromkeys(requested)), {}
-    reasons = {name: why_not_measured(name, device) for name in fastvit.backends.BACKENDS}
+    reasons = {name: why_not_measured(name, device, whole_model) for name in fastvit.backends.BACKENDS}
     available = [name for name, reason in reasons.items() if reason is None and name != "reference"]
     return ("auto", *available, "reference"), {name: reason for name, reason in reasons.items() if reason}
 
@@ -156,7 +160,7 @@ def _providers(
             with scope():
                 model = fastvit.accelerate(_twin(eager))
         except Exception as error:
-            failures[provider_name(name)] = _one_line(error)
+            failures[provider_name(name)] = one_line(error)
             continue
         providers.append(measure.Provider(provider_name(name), functools.partial(model, batch), scope))
     return providers, failures
@@ -184,7 +188,7 @@ def _check(
             with torch.inference_mode(), provider.scope():
                 got = accuracy.compare(provider.run(), exact)
         except Exception as error:  # one provider that breaks must not hide the others
-            outcome[provider.name] = {"status": "FAILED", "note": _one_line(error)}
+            outcome[provider.name] = {"status": "FAILED", "note": one_line(error)}
             if provider.name == EAGER:
                 raise
             continue
@@ -246,6 +250,7 @@ def _rows(
     return rows
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An exception as it stands in a row's note."""
     text = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {text}"[:300]

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 
+from .rows import OP
+
 Row = Mapping[str, object]
 
 NOISY = 1.3  # 80th over 20th percentile of one provider's rounds; a quiet machine stays under 1.1
@@ -46,17 +48,49 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("+MiB", lambda row: _number(row, "peak_mib", ".0f")),
 )
 
+OP_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("ms", lambda row: _number(row, "median_ms", ".3f")),
+    ("lone ms", lambda row: _number(row, "call_ms", ".3f")),
+    ("GB/s", lambda row: _scaled(row, "gbs")),
+    ("GFLOP/s", lambda row: _scaled(row, "gflops")),
+    ("roof", lambda row: _number(row, "ceiling_share", ".0%")),
+    ("vs eager", _ratio),
+    ("max error", lambda row: _number(row, "max_error", ".1e")),
+    ("error ratio", _error_ratio),
+    ("+MiB", lambda row: _number(row, "peak_mib", ".0f")),
+)
+
 LEGEND = (
     "ms: median of interleaved rounds.  peak: share of the fastest plain matrix product measured in the same run.  "
     "max error: logits against fp64; error ratio: the same as a multiple of eager's own.  "
     "+MiB: memory one forward pass adds at its highest."
 )
 
+OP_LEGEND = (
+    "ms: median of interleaved rounds, on a GPU of calls queued back to back with cold caches.  "
+    "lone ms: one call with an empty queue, launch included.  "
+    "GB/s, GFLOP/s: the least work by formula over the time.  roof: the least time for that work, at the rates of a "
+    "plain copy and matrix product measured in the same run, over the time.  max error: of the worst output or "
+    "gradient against fp64; error ratio: the same as a multiple of eager's own.  +MiB: memory one call adds."
+)
+
+
+def columns_of(rows: Sequence[Row]) -> tuple[tuple[str, Callable[[Row], str]], ...]:
+    """The columns for rows of one level: whole models or ops."""
+    return OP_COLUMNS if rows and rows[0].get("level") == OP else COLUMNS
+
+
+def legend(rows: Sequence[Row]) -> str:
+    """What those columns mean."""
+    return LEGEND if columns_of(rows) is COLUMNS else OP_LEGEND
+
 
 def cases_of(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     """Group consecutive rows by case: (title, rows)."""
 
     def title(row: Row) -> str:
+        if row.get("level") == OP:
+            return f"{row['case']}  {row['shape']}  {row['dtype']}  {row['direction']}"
         return f"{row['case']}  batch {batch_of(row)}  {row['dtype']}"
 
     return [(name, list(group)) for name, group in groupby(rows, title)]
@@ -81,27 +115,36 @@ def footnotes(rows: Sequence[Row], left_out: Mapping[str, str]) -> list[str]:
     notes += _noise(rows)
     if rows:
         last = rows[-1]
+        seen = f"; images: {last['images']}" if last.get("images") else ""
         notes.append(
             f"eager is {last['eager']}; torch {last['torch']}, fastvit {last['fastvit']} ({last['commit']}); "
-            f"{last['device']}; images: {last['images']}"
+            f"{last['device']}{seen}"
         )
     return list(dict.fromkeys(notes))
 
 
 def plain(rows: Sequence[Row]) -> str:
     """One aligned line per row, cells without blanks, for pipes: `| sort`, `| awk '{print $6}'`."""
-    header = ["model", "batch", "dtype", "provider", *(title.replace(" ", "_") for title, _ in COLUMNS)]
-    lines = [header]
-    for row in rows:
-        cells = [cell(row) for _, cell in COLUMNS]
-        lines.append([str(row["case"]), str(batch_of(row)), str(row["dtype"]), str(row["provider"]), *cells])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(_align(line, widths) for line in lines)
+    if not rows:
+        return ""
+    columns = columns_of(rows)
+    lines = [[*_named(rows[0]), *(title.replace(" ", "_") for title, _ in columns)]]
+    lines += [[*_named(row).values(), *(cell(row) for _, cell in columns)] for row in rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(_align(line, widths, len(_named(rows[0]))) for line in lines)
 
 
-def _align(line: Sequence[str], widths: Sequence[int]) -> str:
-    left = [cell.ljust(width) for cell, width in zip(line[:4], widths[:4], strict=True)]
-    right = [cell.rjust(width) for cell, width in zip(line[4:], widths[4:], strict=True)]
+def _named(row: Row) -> dict[str, str]:
+    """The cells that say what a row is about, by their headings."""
+    if row.get("level") == OP:
+        return {column: str(row[column]) for column in ("case", "shape", "dtype", "direction", "provider")}
+    batch = str(batch_of(row))
+    return {"model": str(row["case"]), "batch": batch, "dtype": str(row["dtype"]), "provider": str(row["provider"])}
+
+
+def _align(line: Sequence[str], widths: Sequence[int], names: int) -> str:
+    left = [cell.ljust(width) for cell, width in zip(line[:names], widths[:names], strict=True)]
+    right = [cell.rjust(width) for cell, width in zip(line[names:], widths[names:], strict=True)]
     return "  ".join([*left, *right]).rstrip()
 
 
@@ -123,11 +166,11 @@ def rich_tables(rows: Sequence[Row], width: int = 100):
             show_edge=False,
         )
         table.add_column("provider", no_wrap=True)
-        for heading, _ in COLUMNS:
+        for heading, _ in columns_of(group):
             table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
         best = max((float(row["ratio"]) for row in group if row.get("ratio")), default=None)  # type: ignore[arg-type]
         for row in group:
             failed, fastest = row["status"] != "ok", row.get("ratio") == best
             style = "bold red" if failed else "bold" if fastest else ""
-            table.add_row(Text(str(row["provider"])), *(cell(row) for _, cell in COLUMNS), style=style)
+            table.add_row(Text(str(row["provider"])), *(cell(row) for _, cell in columns_of(group)), style=style)
         yield table

@@ -1,4 +1,4 @@
-"""The command line: `python -m fastvit info | bench`, also installed as `fastvit`.
+"""The command line: `python -m fastvit info | bench | bench-ops`, also installed as `fastvit`.
 
 Tables and a progress bar in a terminal, plain aligned rows when piped, JSON on request; exit code 0 only on success.
 """
@@ -180,29 +180,92 @@ def bench(
         repeats=repeats or None,
         seed=seed,
     )
+    keep = functools.partial(tables.write, csv) if csv else None
     with _as_usage_errors(photos.ImageError):
-        rows = _measure(suite, wanted, options, keep=(lambda new: tables.write(csv, new)) if csv else None)
+        titles = [f"{case.model} batch {case.batch} {case.dtype}" for case in wanted]
+        rows = _measure(titles, [functools.partial(suite.run_case, case, options) for case in wanted], keep)
     if plot is not None:
         charts.draw(rows, plot)
     _show(table, rows, left_out, json)
-    failed = sorted({row["provider"] for row in rows if row["status"] != "ok"})
-    if failed:
-        raise UsageError(f"bench: {', '.join(failed)} FAILED, see above")
+    _refuse_failures("bench", rows)
+
+
+@app.command()
+def bench_ops(
+    op: Annotated[list[str] | None, typer.Option(help="Op; repeat it or separate by commas.  [default: all]")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Model whose shapes to take, likewise.")] = None,
+    batch: Annotated[list[str] | None, typer.Option(help="Batch size, likewise.")] = None,
+    tokens: Annotated[list[str] | None, typer.Option(help="Tokens, likewise.  [default: the model's]")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16, likewise.")] = None,
+    direction: Annotated[list[str] | None, typer.Option(help="forward, backward, forward+backward, likewise.")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Backend, likewise.  [default: all that run here]")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")] = "",
+    compile: Annotated[bool, typer.Option("--compile", help="Also time torch.compile of eager.")] = False,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
+    repeats: Annotated[int, typer.Option(min=0, help="Timed rounds; 0: as many as fit in 2 s, on a GPU 25.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random tensors.")] = 0,
+    csv: Annotated[Path | None, typer.Option(help="Add the rows to this CSV file, replacing equal keys.")] = None,
+    json: Json = False,
+) -> None:
+    """Time single ops, checked against fp64: eager, SDPA's backends, torch.compile on request, every fastvit backend.
+
+    Fails when a provider's output or gradients are wrong; such a provider gets no ratio.
+    """
+    import torch
+
+    import fastvit
+
+    cases, op_cases, suite = map(_benchmarks, ("cases", "op_cases", "suite"))
+    op_suite, tables, table = map(_benchmarks, ("op_suite", "rows", "table"))
+
+    if threads:
+        torch.set_num_threads(threads)
+    place = _device(device)
+    with _as_usage_errors(ValueError, suite.UnavailableError):
+        wanted = op_cases.grid(
+            place.type == "cuda",
+            _names(op, [*op_cases.OPS, *op_cases.GROUPS], "op"),
+            _names(model, fastvit.list_models(), "model"),
+            _positives(batch, "batch"),
+            _names([cases.ALIASES.get(name, name) for name in _split(dtype)], list(cases.DTYPES), "dtype"),
+            _names(direction, op_cases.DIRECTIONS, "direction"),
+            _positives(tokens, "tokens"),
+        )
+        chosen, left_out = op_suite.candidates(place, _names(backend, _backend_names(), "backend"))
+        if csv is not None:
+            tables.read(csv)
+    options = op_suite.Options(place, chosen, compile, repeats or None, seed)
+
+    def run(case: Any, report: Callable[..., None]) -> list[dict]:
+        measured = op_suite.run_case(case, options, report)
+        left_out.update({f"{name} ({case.op} {case.dtype})": why for name, why in measured.left_out.items()})
+        return measured.rows
+
+    titles = [f"{case.op} {case.shape} {case.direction}" for case in wanted]
+    runs = [functools.partial(run, case) for case in wanted]
+    rows = _measure(titles, runs, functools.partial(tables.write, csv) if csv else None)
+    _show(table, rows, left_out, json)
+    _refuse_failures("bench-ops", rows)
 
 
 def _measure(
-    suite: Any, wanted: Sequence[Any], options: Any, keep: Callable[[list[dict]], object] | None
+    titles: Sequence[str], runs: Sequence[Callable[..., list[dict]]], keep: Callable[[list[dict]], object] | None
 ) -> list[dict]:
     """Run the cases under a progress bar; rows are kept case by case, so that an interruption loses only one."""
     rows: list[dict] = []
-    with _progress(len(wanted)) as step:
-        for number, case in enumerate(wanted):
-            title = f"{case.model} batch {case.batch} {case.dtype}"
-            measured = suite.run_case(case, options, functools.partial(step, number, title))
+    with _progress(len(runs)) as step:
+        for number, (title, run) in enumerate(zip(titles, runs, strict=True)):
+            measured = run(functools.partial(step, number, title))
             rows += measured
             if keep is not None:
                 keep(measured)
     return rows
+
+
+def _refuse_failures(command: str, rows: Iterable[dict]) -> None:
+    failed = sorted({row["provider"] for row in rows if row["status"] != "ok"})
+    if failed:
+        raise UsageError(f"{command}: {', '.join(failed)} FAILED, see above")
 
 
 def _cases(cases: Any, model: list[str] | None, batch: list[str] | None, dtype: list[str] | None) -> list[Any]:
@@ -212,8 +275,8 @@ def _cases(cases: Any, model: list[str] | None, batch: list[str] | None, dtype: 
     models = _names(model, fastvit.list_models(), "model") or list(cases.DEFAULT_MODELS)
     spelled = [cases.ALIASES.get(name, name) for name in _split(dtype)]
     dtypes = _names(spelled, list(cases.DTYPES), "dtype") or list(cases.DEFAULT_DTYPES)
-    batches = [_positive(text) for text in _split(batch)] or list(cases.DEFAULT_BATCHES)
-    return [cases.Case(m, b, d) for m in models for d in dtypes for b in dict.fromkeys(batches)]
+    batches = _positives(batch, "batch") or list(cases.DEFAULT_BATCHES)
+    return [cases.Case(m, b, d) for m in models for d in dtypes for b in batches]
 
 
 def _split(values: Iterable[str] | None) -> list[str]:
@@ -237,10 +300,11 @@ def _backend_names() -> list[str]:
     return ["auto", *backends.BACKENDS]
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"batch must be a positive whole number, got {text!r}")
-    return int(text)
+def _positives(values: Iterable[str] | None, kind: str) -> list[int]:
+    wrong = [text for text in _split(values) if not text.isdecimal() or int(text) < 1]
+    if wrong:
+        raise UsageError(f"{kind} must be a positive whole number, got {wrong[0]!r}")
+    return list(dict.fromkeys(int(text) for text in _split(values)))
 
 
 def _device(name: str) -> Any:
@@ -294,7 +358,7 @@ def _show(table: Any, rows: list[dict], left_out: dict[str, str], json: bool) ->
             console.print()
     else:
         print(table.plain(rows))
-    for note in [*table.footnotes(rows, left_out), table.LEGEND]:
+    for note in [*table.footnotes(rows, left_out), table.legend(rows)]:
         print(note, file=sys.stdout if console.is_terminal else sys.stderr)
 
 
