@@ -1,0 +1,368 @@
+"""The op-level benchmark: formulas against what torch counts, its rule against the tests' own, clocks, rows."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import tolerances
+import torch
+
+import fastvit
+from fastvit import cli
+from fastvit.benchmarks import (
+    accuracy,
+    cases,
+    launches,
+    measure,
+    op_calls,
+    op_cases,
+    op_suite,
+    plot,
+    readme,
+    rows,
+    suite,
+    table,
+)
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def tiny(op: str, direction: str = "forward", **changes: object) -> op_cases.OpCase:
+    options: dict = {"batch": 3, "tokens": 5, "width": 48, "heads": 3, "hidden": 96, "side": 16, "patch": 8}
+    if op == "patch_embed":
+        options["tokens"] = (options["side"] // options["patch"]) ** 2 + 1
+    return op_cases.OpCase(op, direction=direction, **{**options, **changes})
+
+
+@pytest.mark.parametrize("direction", op_cases.DIRECTIONS)
+@pytest.mark.parametrize("op", op_cases.OPS)
+def test_flops_are_what_torch_counts(op: str, direction: str) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = tiny(op, direction)
+    call = op_calls.call(case)
+    given = op_calls.leaves(op_calls.tensors(case, CPU), call.wanted)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        y = call.eager(**given)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
+        torch.autograd.grad(y, [given[name] for name in call.wanted], op_calls.upstream(y))
+    counted = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
+    # math attention keeps the scores, a fused one computes that product again
+    scores = 2 * case.batch * case.tokens**2 * case.width if op == "attention" else 0
+    counted["backward"] += scores
+    assert case.work.flops == counted.get(direction, sum(counted.values()))
+
+
+@pytest.mark.parametrize("op", op_cases.OPS)
+def test_traffic_is_every_tensor_once(op: str) -> None:
+    case = tiny(op)
+    call = op_calls.call(case)
+    given = op_calls.leaves(op_calls.tensors(case, CPU), call.wanted)
+    y = call.eager(**given)
+    assert case.work.bytes(4) == 4 * (sum(t.numel() for t in given.values()) + y.numel())
+    least = y.numel() + sum(given[name].numel() for name in call.wanted)  # dy in, gradients out
+    back = dataclasses.replace(case, direction="backward").work.bytes(4) // 4
+    assert least <= back <= 4 * (least + y.numel())
+    both = dataclasses.replace(case, direction="forward+backward").work
+    kept = both.bytes(4) - case.work.bytes(4) - 4 * back
+    assert kept >= 0
+    assert (kept > 0) == (op in ("attention", "layer_norm", "linear_fc1", "norm_mlp"))
+
+
+def test_the_ops_of_a_block_add_up_to_the_model() -> None:
+    model = "vit_base_patch16_224"
+    config = fastvit.PRESETS[model]
+    flops = {op: op_cases.at_model(op, model, 2, "float32", "forward").work.flops for op in op_cases.OPS}
+    block = sum(flops[op] for op in ("attention", "layer_norm", "linear_qkv", "linear_proj", "norm_mlp"))
+    assert flops["linear_fc1"] + flops["linear_fc2"] == flops["norm_mlp"]
+    head = 2 * 2 * config.embed_dim * config.num_classes
+    assert flops["patch_embed"] + config.depth * block + head == cases.flops(config, 2)
+
+
+def test_launch_cases_with_work_have_all_of_it() -> None:
+    for launch in launches.launches():
+        assert (launch.flops is None) == (launch.bytes is None), f"{launch.op} {launch.label}"
+        if launch.bytes is not None:
+            assert 0 < launch.bytes(2) < launch.bytes(4) <= 2 * launch.bytes(2), f"{launch.op} {launch.label}"
+
+
+def test_the_grid_is_a_product_with_attentions_extra_tokens() -> None:
+    every = op_cases.grid(gpu=True)
+    assert len(set(every)) == len(every)
+    assert {case.op for case in every} == set(op_cases.OPS)
+    extra = {case.tokens for case in every if case.op == "attention"} - {197}
+    assert extra == set(op_cases.GPU_TOKENS)
+    assert {case.tokens for case in every if case.op != "attention"} == {197}
+    assert {case.batch for case in every if case.op == "attention" and case.tokens == 577} == {64}
+    some = op_cases.grid(False, ["linear", "patch_embed"], ["vit_base_patch16_384"], [2], ["float16"], ["forward"], [9])
+    assert [case.op for case in some] == [*op_cases.GROUPS["linear"], "patch_embed"]
+    assert {case.shape for case in some} == {
+        "2x9x768x2304", "2x9x768x768", "2x9x768x3072", "2x9x3072x768", "2x3x384x384x16x768",
+    }  # fmt: skip
+    assert all(case.batch == table.batch_of({"shape": case.shape}) for case in every)
+
+
+def perturbed(exact: torch.Tensor, eager: torch.Tensor, kind: str) -> torch.Tensor:
+    error = eager.double() - exact
+    changed = {
+        "eager": error,
+        "a little more": 1.4 * error,
+        "twice and more": 2.3 * error,
+        "five times": 5 * error,
+        "scaled": 0.5 * exact,
+        "nothing": -exact,
+    }
+    result = (exact + changed.get(kind, error)).to(eager.dtype)
+    if kind in ("nan", "inf", "one element"):
+        result[1, 2] = {"nan": math.nan, "inf": math.inf, "one element": 1.5 * exact.abs().max()}[kind]
+    return result
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_rule_is_the_tests_own(dtype: torch.dtype, gradient: bool) -> None:
+    for scale in (1.0, 300.0):
+        exact = scale * torch.randn(40, 30, dtype=torch.float64)
+        eager = (exact + scale * 1e-3 * torch.randn(40, 30, dtype=torch.float64)).to(dtype)
+        verdicts = {}
+        for kind in ("eager", "a little more", "twice and more", "five times", "scaled", "nothing", "nan", "inf",
+                     "one element"):  # fmt: skip
+            got = perturbed(exact, eager, kind)
+            error, _, reason = accuracy.judge(got, exact, eager, gradient)
+            assert (reason is None) == (tolerances.compare(got, exact, eager, gradient) is None), kind
+            verdicts[kind] = reason is None
+            if reason is None:
+                assert error == pytest.approx((got.double() - exact).abs().max().item())
+        assert verdicts["eager"]
+        assert not any(verdicts[kind] for kind in ("five times", "scaled", "nothing", "nan", "inf", "one element"))
+    assert accuracy.judge(exact, exact, eager, gradient)[2] is not None  # another dtype
+    assert accuracy.judge(eager[:3], exact, eager, gradient)[2] is not None  # another shape
+
+
+@pytest.mark.parametrize("op", op_cases.OPS)
+def test_eager_and_fused_take_the_same_tensors_and_agree_with_fp64(op: str) -> None:
+    case = tiny(op, "forward+backward", batch=op_calls.FP64_CHUNK + 3)  # more than one chunk
+    call, given = op_calls.call(case), op_calls.tensors(case, CPU)
+    dy = op_calls.upstream(call.eager(**given))
+    exact = op_calls.exact(case, given, dy)
+    assert {t.dtype for t in exact} == {torch.float64}
+    eager = op_suite.results(call.eager, given, call.wanted, dy)
+    with fastvit.backend("reference"):
+        fused = op_suite.results(call.fused, given, call.wanted, dy)
+    for name, got, want, yardstick in zip(("output", *call.wanted), fused, exact, eager, strict=True):
+        assert tolerances.compare(got, want, yardstick, gradient=name != "output") is None, name
+
+
+def test_no_weight_is_degenerate() -> None:
+    for op in op_cases.OPS:
+        one, again, other = (op_calls.tensors(tiny(op), CPU, seed) for seed in (0, 0, 1))
+        for name, tensor in one.items():
+            assert torch.equal(tensor, again[name]), name
+            assert not torch.equal(tensor, other[name]), name
+            assert tensor.std() > 0.01, name
+
+
+@pytest.mark.parametrize("direction", op_cases.DIRECTIONS)
+@pytest.mark.parametrize("op", ["attention", "linear_fc2", "patch_embed"])
+def test_sets_take_turns_in_every_direction(op: str, direction: str) -> None:
+    case = tiny(op, direction)
+    call, given = op_calls.call(case), op_calls.tensors(case, CPU)
+    sets = [given, op_calls.tensors(case, CPU, seed=5)]
+    dy = None if direction == "forward" else op_calls.upstream(call.eager(**given))
+    turn = op_suite.prepare(case, call.eager, sets, dy)
+    got = [turn() for _ in range(4)]
+    got = [result if isinstance(result, tuple) else (result,) for result in got]
+    assert all(torch.equal(a, b) for a, b in zip(got[0], got[2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got[1], got[3], strict=True))
+    assert not torch.equal(got[0][0], got[1][0])
+    gradients = len(call.wanted) if direction != "forward" else 0
+    assert len(got[0]) == gradients + (direction != "backward")
+
+
+def test_a_gpu_gets_as_many_sets_as_its_cache_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measure.cold_sets(CPU, 1) == 1
+
+    class Properties:
+        L2_cache_size = 60 * 2**20
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    gpu = torch.device("cuda")
+    for set_bytes in (1, 2**20, 60 * 2**20, 2**32):
+        count = measure.cold_sets(gpu, set_bytes)
+        assert measure.SETS[0] <= count <= measure.SETS[1]
+        assert count == measure.SETS[1] or count * set_bytes >= 4 * Properties.L2_cache_size
+
+
+class FakeGpu:
+    """A device with a queue: sleeping and calls take device time, recording an event reads it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.slept = 0.0, []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = gpu.now
+
+            def elapsed_time(self, end: "Event") -> float:
+                return (end.at - self.at) * 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+
+    def sleep(self, cycles: int) -> None:
+        self.slept.append(cycles)
+        self.now += cycles / 2e9
+
+
+def test_a_burst_times_the_device_and_not_the_queueing(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    calls = []
+
+    def call() -> None:
+        calls.append(gpu.now)
+        gpu.now += 5e-6
+
+    clock = measure.Burst(torch.device("cuda"))
+    assert clock(call) == pytest.approx(5e-6)
+    planned = len(calls)
+    assert clock(call) == pytest.approx(5e-6)
+    burst = len(calls) - planned
+    assert measure.BURST_CALLS[0] <= burst <= measure.BURST_CALLS[1]
+    assert gpu.slept[-1] > 0, "nothing held the queue back"
+
+
+def test_a_costly_ceiling_is_sampled_sparsely(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, taken = [0.0], []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def sample() -> None:
+        taken.append(now[0])
+        now[0] += 1.0
+
+    maybe = measure.sparsely(sample, share=0.25)
+    for _ in range(100):
+        maybe()
+        now[0] += 0.1
+    assert taken[0] == 0.0
+    assert len(taken) == pytest.approx(0.25 * now[0], abs=2)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """`fastvit bench-ops` in this process, on tiny shapes: (exit code, stdout, stderr)."""
+
+    def shrunk(gpu: bool, ops=(), models=(), batches=(), dtypes=(), directions=(), tokens=()) -> list:
+        made = [(op, d) for d in directions or ("forward",) for op in op_cases.expand(ops)]
+        return [tiny(op, d, dtype=(dtypes or ["float32"])[0]) for op, d in made]
+
+    monkeypatch.setattr(op_cases, "grid", shrunk)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(
+            "sys.argv", ["fastvit", "bench-ops", "--repeats", "2", "--device", "cpu", *map(str, arguments)]
+        )
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return (left.value.code, *capsys.readouterr())  # type: ignore[return-value]
+
+    return call
+
+
+def test_ops_leave_a_table_and_rows(run, tmp_path) -> None:
+    target = tmp_path / "rows.csv"
+    some = "attention,layer_norm,linear_fc1,patch_embed"
+    code, out, err = run(
+        "--op", some, "--direction", "forward,forward+backward", "--backend", "reference", "--csv", target
+    )
+    assert code == 0, err
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0][:5] == ["case", "shape", "dtype", "direction", "provider"]
+    assert {len(line) for line in lines} == {14}
+    got = rows.read(target)
+    assert len({rows.key(row) for row in got}) == len(got) == len(lines) - 1
+    for row in got:
+        assert row["status"] == "ok"
+        assert row["level"] == rows.OP
+        assert float(row["gbs"]) == pytest.approx(float(row["bytes"]) / float(row["median_ms"]) / 1e6, rel=1e-3)
+        assert bool(row["gflops"]) == (row["case"] != "layer_norm")
+        least = max(float(row["flops"]) / float(row["ceiling_gflops"]), float(row["bytes"]) / float(row["ceiling_gbs"]))
+        assert float(row["ceiling_share"]) == pytest.approx(least / float(row["median_ms"]) / 1e6, rel=1e-3)
+        assert row["repeats"] == "2"
+        assert all(row[column] for column in ("torch", "commit", "date", "p20_ms", "p80_ms", "error_ratio", "peak_mib"))
+    assert {row["provider"] for row in got if row["case"] != "attention"} == {"eager", "fastvit-reference"}
+    assert {"sdpa-flash", "sdpa-math"} <= {row["provider"] for row in got if row["case"] == "attention"}
+    assert "sdpa-cudnn (attention float32) not measured: " in err
+
+
+def test_rows_of_ops_leave_the_models_alone(run, tmp_path) -> None:
+    target = tmp_path / "rows.csv"
+    assert run("--op", "layer_norm", "--backend", "reference", "--csv", target)[0] == 0
+    assert readme.committed_rows(tmp_path) == []
+    with pytest.raises(plot.PlotError, match="no rows"):
+        plot.draw(rows.read(target), tmp_path / "chart.png")
+    assert next(iter(table.rich_tables(rows.read(target)))).columns[1].header == "ms"
+
+
+def test_json_names_what_was_left_out(run) -> None:
+    code, out, err = run("--op", "layer_norm", "--dtype", "bf16", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert {row["dtype"] for row in told["rows"]} == {"bfloat16"}
+    assert "interpreted" in told["not_measured"]["triton"]
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward", "backward"])
+def test_a_wrong_result_gets_no_speed(run, tmp_path, monkeypatch: pytest.MonkeyPatch, direction: str) -> None:
+    original = fastvit.ops.layer_norm
+
+    def off(x, weight, bias, eps):
+        y = original(x, weight, bias, eps)
+        return y + 1e-2 * (x - x.detach() if direction == "forward+backward" else x)
+
+    monkeypatch.setattr(fastvit.ops, "layer_norm", off)
+    target = tmp_path / "rows.csv"
+    code, _, err = run("--op", "layer_norm", "--direction", direction, "--backend", "reference", "--csv", target)
+    assert code == 1
+    assert "fastvit-reference FAILED" in err
+    assert ("gradient of x" if direction == "forward+backward" else "output") in err
+    eager, wrong = rows.read(target)
+    assert (eager["status"], wrong["status"], wrong["ratio"], wrong["median_ms"]) == ("ok", "FAILED", "", "")
+
+
+def test_a_backend_that_lacks_an_op_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = op_suite.Options(CPU, ("auto", "cuda"), repeats=1)
+    measured = op_suite.run_case(tiny("linear_qkv"), options)
+    assert [row["provider"] for row in measured.rows] == ["eager", "fastvit"]
+    assert measured.left_out == {"fastvit-cuda": "cuda has no linear kernel"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_kernels_of_another_device_are_no_candidates(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastvit.backends, "why_unavailable", lambda name: None)
+    reason = suite.why_not_measured({"cpu": "cuda", "cuda": "cpu"}[device], torch.device(device), whole_model=False)
+    assert reason == f"its kernels do not run on {device} tensors"
+    assert suite.why_not_measured("cuda", torch.device("cuda"), whole_model=False) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--op", "atention"), ("atention", "attention")),
+        (("--op", "linear", "--tokens", "0"), ("tokens", "'0'")),
+        (("--op", "linear", "--direction", "sideways"), ("sideways", "forward+backward")),
+        (("--op", "linear", "--model", "vit_nano"), ("vit_nano",)),
+    ],
+)
+def test_wrong_usage_is_one_line(run, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (1, "")
+    assert all(word in err for word in words), err
