@@ -11,7 +11,7 @@ ARGS   ?=
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help build lint test test-full mutants bench plot readme gpu clean
+.PHONY: help build lint test test-full mutants static bench plot readme gpu clean
 
 py      := $(VENV)/bin/python
 pip     := $(py) -m pip install -q --disable-pip-version-check
@@ -40,6 +40,9 @@ test-full: $(VENV)/.built ## every test with its whole grid of cases, on every c
 
 mutants: $(VENV)/.built ## plant known faults in the kernels and see that the tests notice (ARGS="attention" for one op)
 	$(py) tests/mutants.py --csv benchmarks/results/mutants.csv $(ARGS)
+
+static: $(VENV)/.installed ## the Triton kernels compiled for every chip: registers, occupancy, the roofline's time (no GPU needed)
+	env -u TRITON_INTERPRET $(py) -m fastvit.benchmarks.static $(ARGS)
 
 bench: $(VENV)/.built ## ViT-B/16 on two photographs: table, CSV, chart in RESULTS=build/bench (ARGS="--batch 16")
 	$(py) -m fastvit bench --csv $(RESULTS)/rows.csv --plot $(RESULTS)/rows.png $(ARGS)

@@ -1,10 +1,10 @@
 """Compile every Triton kernel ahead of time, without a GPU, and report what the compiler made of it.
 
-    python -m fastvit.benchmarks.aot [--json] [--only TEXT]
+    python -m fastvit.benchmarks.aot [--full] [--json] [--only TEXT]
 
 The launchers themselves are called, on tensors without storage and under a driver that answers for another chip, so the
 signatures, specialisations and meta-parameters are those of a real call. A kernel that no case launches is an error.
-The process must not have TRITON_INTERPRET set.
+The process must not have TRITON_INTERPRET set. `benchmarks/static.py` makes the kept report of the same rows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import concurrent.futures
 import importlib
 import json
+import math
 import multiprocessing
 import re
 import subprocess
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from .launches import launches
+from .launches import Launch, launches
 
 ROOT = Path(__file__).resolve().parent.parent
 KIB = 1024
@@ -53,19 +54,29 @@ MATRIX_INSTRUCTIONS = ("wgmma", "tcgen05", "mma.sync", "mfma")
 
 @dataclass
 class Row:
-    kernel: str
+    """What became of one kernel launch; a launcher's call may make several, numbered by step.
+
+    load is the widest read of device memory in bytes, TMA if the tensor copy engine does it.
+    """
+
+    op: str
+    entry: str
     case: str
     dtype: str
     chip: str
-    entry: str = "forward"
-    seconds: float = 0.0
+    step: int
+    kernel: str
+    programs: int = 0
+    threads: int = 0
     registers: int = 0
     spills: int = 0
     shared: int = 0
     shared_limit: int = 0
     has_dot: bool = False
     matrix_instruction: str = ""
+    load: str = ""
     tf32: bool = False
+    seconds: float = 0.0
     error: str = ""
 
 
@@ -115,7 +126,8 @@ def compile_case(op: str, entry: str, case: str, dtype: str, chip: str, cache: s
     launch = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        row = Row(self.__name__, case, dtype, chip, entry, shared_limit=CHIPS[chip].shared_limit)
+        row = Row(op, entry, case, dtype, chip, len(rows), self.__name__, shared_limit=CHIPS[chip].shared_limit)
+        row.programs = math.prod(grid(options) if callable(grid) else grid)
         start = time.perf_counter()
         try:
             describe(row, launch(self, *args, grid=grid, warmup=True, **options))
@@ -136,6 +148,7 @@ def compile_case(op: str, entry: str, case: str, dtype: str, chip: str, cache: s
 
 def describe(row: Row, compiled: Any) -> None:
     row.shared = compiled.metadata.shared
+    row.threads = compiled.metadata.num_warps * CHIPS[row.chip].warp_size
     row.has_dot = "tt.dot" in compiled.asm["ttir"]
     if CHIPS[row.chip].backend == "cuda":
         text = compiled.asm["ptx"]
@@ -150,10 +163,23 @@ def describe(row: Row, compiled: Any) -> None:
             for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
         )
         row.spills = max(spilled)
+    row.load = widest_load(text)
     row.matrix_instruction = next((name for name in MATRIX_INSTRUCTIONS if name in text), "")
     if re.search(r"^\s*trap;", text, re.MULTILINE):
         raise RuntimeError("compiles to a trap")
     row.tf32 = "tf32" in text or "xf32" in text
+
+
+def widest_load(text: str) -> str:
+    """The widest read of device memory in PTX or AMD's assembly."""
+    if re.search(r"cp\.async\.bulk\.tensor\S*shared\S*global", text):
+        return "TMA"
+    widths = [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global\S* \[.*?\], \[.*?\], (\w+)", text)]
+    for lanes, bits in re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)", text):
+        widths.append(int(lanes or 1) * int(bits) // 8)
+    for words in re.findall(r"\b(?:global|buffer)_load_dword(?:x(\d))?\b", text):
+        widths.append(int(words or 1) * 4)
+    return str(max(widths, default=0))
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
@@ -168,43 +194,54 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
 
 
-def compile_all(only: str) -> list[Row]:
+def combinations(full: bool) -> list[tuple[str, str]]:
+    """The (dtype, chip) pairs a case is compiled for: all, or without fp16 where bf16 says the same."""
+    return [(dtype, chip) for dtype in DTYPES for chip in CHIPS if full or dtype != "fp16" or chip == "sm_90"]
+
+
+def compile_all(cases: list[Launch], full: bool, only: str = "") -> list[Row]:
     jobs = [
         (case.op, case.entry, case.label, dtype, chip)
-        for case in launches()
-        for dtype in DTYPES
-        for chip in CHIPS
+        for case in cases
+        for dtype, chip in combinations(full)
         if only in f"{case.op} {case.entry} {case.label} {dtype} {chip}"
     ]
     # A fork would inherit torch's threads and locks.
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as cache, concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
         futures = [pool.submit(compile_case, *job, cache) for job in jobs]
-        rows = [row for future in futures for row in future.result()]
+        return [row for future in futures for row in future.result()]
+
+
+def check_coverage(rows: list[Row]) -> None:
     forgotten = set(kernels()) - {row.kernel for row in rows}
-    if forgotten and not only:
+    if forgotten:
         raise SystemExit(f"no case launches {', '.join(sorted(forgotten))}: add one to benchmarks/launches.py")
-    return rows
 
 
 def table(rows: list[Row]) -> str:
-    columns = f"{'dtype':<6}{'chip':<8}{'regs':>5}{'spill':>6}{'KiB':>6}  {'instruction':<11}{'s':>6}"
+    columns = f"{'dtype':<6}{'chip':<8}{'regs':>5}{'spill':>6}{'KiB':>6}{'load':>5}  {'instruction':<11}{'s':>6}"
     lines = [f"{'kernel':<36}{'case':<26}{columns}"]
     for row in rows:
         lines.append(
             f"{row.kernel:<36}{row.case:<26}{row.dtype:<6}{row.chip:<8}{row.registers:>5}{row.spills:>6}"
-            f"{row.shared / KIB:>6.0f}  {row.matrix_instruction + ' tf32' * row.tf32:<11}{row.seconds:>6.2f}"
-            + (f"  {row.error.splitlines()[0]}" if row.error else "")
+            f"{row.shared / KIB:>6.0f}{row.load:>5}  {row.matrix_instruction + ' tf32' * row.tf32:<11}"
+            f"{row.seconds:>6.2f}" + (f"  {row.error.splitlines()[0]}" if row.error else "")
         )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--full", action="store_true", help="every dtype on every chip; fp16 is for sm_90 alone otherwise"
+    )
     parser.add_argument("--json", action="store_true", help="print rows as JSON instead of a table")
     parser.add_argument("--only", default="", help="compile cases whose 'op entry case dtype chip' contains this")
     options = parser.parse_args()
-    rows = compile_all(options.only)
+    rows = compile_all(list(launches()), options.full, options.only)
+    if not options.only:
+        check_coverage(rows)
     print(json.dumps([asdict(row) for row in rows]) if options.json else table(rows))
     if any(row.error for row in rows):
         raise SystemExit(1)
