@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from . import work
+from .work import Work
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -137,16 +140,49 @@ def _attention() -> Iterator[Launch]:
 
 
 def _patch_embed() -> Iterator[Launch]:
-    def forward(side: int, patch: int, full: bool, pixels: torch.dtype | None) -> Callable[[torch.dtype], tuple]:
+    def tensors(batch: int, patch: int, pixels: str, dtype: torch.dtype) -> tuple:
+        image = _empty(batch, 3, 224, 224, dtype=dtype)
+        if pixels == "uint8":
+            image = _empty(batch, 224, 224, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        elif pixels == "channels last":
+            image = _empty(batch, 224, 224, 3, dtype=dtype).permute(0, 3, 1, 2)
+        weight, scale = _empty(768, 3, patch, patch, dtype=dtype), [0.017, 0.0175, 0.0174]
+        return image, weight, scale if pixels in ("uint8", "scaled") else None, (224 // patch) ** 2 + 1
+
+    def forward(batch: int, patch: int, pixels: str, full: bool) -> Callable[[torch.dtype], tuple]:
         def arguments(dtype: torch.dtype) -> tuple:
-            image = _empty(2, 3, side, side, dtype=pixels or dtype)
-            weight, row = _empty(768, 3, patch, patch, dtype=dtype), _empty(768, dtype=dtype)
-            tokens = (side // patch) ** 2 + 1
-            table, prefix = _empty(tokens, 768, dtype=dtype), _empty(1, 768, dtype=dtype)
-            scale = _empty(3, dtype=torch.float32) if pixels else None
+            image, weight, scale, tokens = tensors(batch, patch, pixels, dtype)
+            row, table, prefix = (_empty(*shape, dtype=dtype) for shape in ((768,), (tokens, 768), (1, 768)))
             return (image, weight, row, table, prefix, scale, scale) if full else (image, weight, *[None] * 5)
 
         return arguments
 
-    yield Launch("patch_embed", "forward", "bare", forward(224, 16, False, None))
-    yield Launch("patch_embed", "forward", "full uint8 odd", forward(224, 14, True, torch.uint8))
+    def backward(batch: int, patch: int, pixels: str, image_grad: bool) -> Callable[[torch.dtype], tuple]:
+        def arguments(dtype: torch.dtype) -> tuple:
+            image, weight, scale, tokens = tensors(batch, patch, pixels, dtype)
+            return _empty(batch, tokens, 768, dtype=dtype), image, weight, scale, scale, tokens, 1, image_grad
+
+        return arguments
+
+    def bytes_moved(work: Work, pixels: str) -> Callable[[int], int]:
+        return lambda itemsize: work.bytes(itemsize) - (itemsize - 1) * (pixels == "uint8") * 256 * 3 * 224 * 224
+
+    yield Launch("patch_embed", "forward", "bare", forward(2, 16, "", False))
+    for batch, patch, pixels in (
+        (1, 16, ""),
+        (2, 16, "scaled"),
+        (2, 14, ""),
+        (2, 14, "uint8"),
+        (2, 14, "channels last"),
+        (16384, 16, ""),
+    ):
+        label = f"{batch} x 224/{patch} {pixels}".rstrip()
+        yield Launch("patch_embed", "forward", label, forward(batch, patch, pixels, True))
+        yield Launch("patch_embed", "backward", label, backward(batch, patch, pixels, pixels != "uint8"))
+    for pixels in ("", "uint8", "channels last"):
+        shape, label = (256, 196, 768, 768, 1), f"256 x 224/16 {pixels}".rstrip()
+        there, back = work.patch_embed(*shape), work.patch_embed_backward(*shape)
+        call = forward(256, 16, pixels, True)
+        yield Launch("patch_embed", "forward", label, call, there.flops, bytes_moved(there, pixels))
+        call = backward(256, 16, pixels, False)
+        yield Launch("patch_embed", "backward", label, call, back.flops, bytes_moved(back, pixels))

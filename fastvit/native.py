@@ -101,8 +101,10 @@ class Launcher:
         failure = _load()
         if failure:
             raise ImportError(f"fastvit: {failure}")
-        taken = len(args) - len(_OPTIONS.get(self.op, ()))
-        return getattr(torch.ops.fastvit_native, self.op)(*args[:taken])
+        taken = args[: len(args) - len(_OPTIONS.get(self.op, ()))]
+        # Numbers per channel are tensors in C++.
+        taken = tuple(torch.tensor(a, dtype=torch.float32) if isinstance(a, (list, tuple)) else a for a in taken)
+        return getattr(torch.ops.fastvit_native, self.op)(*taken)
 
 
 _CPU_OPS = ("layer_norm", "attention", "linear", "norm_mlp", "patch_embed")

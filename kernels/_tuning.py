@@ -9,7 +9,7 @@ smaller tiles.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ ROW_ELEMENTS = 8192
 ROW_PIECE = 4096
 # Below this many columns one row leaves most of a program's threads idle, so a program takes several rows.
 NARROW_ROW = 1024
+
+# Programs that occupy every core of the largest chip that a key stands for.
+CORES = {"sm_80": 108, "sm_90": 132, "hip": 304}
 
 # Row tiles that share a band of the weight are launched next to one another, so that the band stays in the L2 cache.
 GROUP_M = 8
@@ -95,6 +98,43 @@ class Partials:
 
 
 PARTIALS = Partials(1024, num_warps=4)
+
+# Patch embedding, by chip, bytes of a number, and whether image and weight are read 16 bytes at a time: tiles from
+# large to small. The first that occupies the whole chip is taken, the last if none does.
+# Hopper reads both sides of a product from shared memory, which keeps up with 128 x 256 and not with 128 x 128.
+_PATCHES_WIDE = Product(128, 256, 64, num_warps=8, num_stages=3)
+_PATCHES_UNALIGNED = Product(128, 128, 32, num_warps=8, num_stages=3)
+_PATCHES_SMALL = Product(64, 64, 64, num_warps=4, num_stages=3)
+_PATCHES_FEW = Product(64, 32, 64, num_warps=4, num_stages=4)
+_PATCHES_SMALL_UNALIGNED = Product(64, 64, 32, num_warps=4, num_stages=3)
+_PATCHES_SMALL_FP32 = Product(32, 32, 16, num_warps=4, num_stages=2)
+PATCHES = {
+    ("sm_80", 2, True): (_MATRIX_UNIT, _PATCHES_SMALL),
+    ("sm_80", 2, False): (_PATCHES_UNALIGNED, _PATCHES_SMALL_UNALIGNED),
+    ("sm_90", 2, True): (_PATCHES_WIDE, _MATRIX_UNIT, _PATCHES_SMALL, _PATCHES_FEW),
+    ("sm_90", 2, False): (_PATCHES_UNALIGNED, _PATCHES_SMALL_UNALIGNED),
+    ("hip", 2, True): (_AMD, Product(64, 64, 64, num_warps=4, num_stages=2)),
+    ("hip", 2, False): (_AMD_UNALIGNED, Product(64, 64, 32, num_warps=4, num_stages=2)),
+    **dict.fromkeys(((chip, 4, True) for chip in CORES), (_MULTIPLY_ADD, _PATCHES_SMALL_FP32)),
+    **dict.fromkeys(((chip, 4, False) for chip in CORES), (_MULTIPLY_ADD, _PATCHES_SMALL_FP32)),
+}
+# A byte becomes 16 bits in registers, and those of 64 at once spill beside the sums of the widest tile.
+BYTE_DEPTH = 32
+# A part of the weight's gradient sums at least this many patches: fewer would not pay for writing and reading it.
+SPLIT_PATCHES = 256
+
+
+@dataclass(frozen=True)
+class TokenSum:
+    """The sum over the images of a batch: BLOCK_M images of a token at once, so that enough loads are under way."""
+
+    BLOCK_M: int
+    BLOCK_D: int
+    num_warps: int
+
+
+# 32 elements a thread are four loads of 16 bytes in 16 bits; 768 columns make six programs a token.
+TOKEN_SUM = TokenSum(32, 128, num_warps=4)
 
 # Attention, by chip, bytes of an element and padded head width: most keys of one pass (0: always in tiles), then
 # queries and keys of a tile beyond it. A query's scores, their exponentials and its sums share a thread's registers, so
@@ -161,3 +201,22 @@ def scores(chip: str, itemsize: int, head_dim: int, key_count: int, masked: bool
     if block_n > 128:
         block_m, warps = 128, 8
     return Scores(block_m, block_n, block_e, one_pass, warps, stages)
+
+
+def patches(chip: str, itemsize: int, row_count: int, width: int, aligned: bool, of_bytes: bool = False) -> Product:
+    tiles = PATCHES[chip, itemsize, aligned]
+    tile = next((t for t in tiles if _tiles(t, row_count, width) >= CORES[chip]), tiles[-1])
+    return replace(tile, BLOCK_K=min(tile.BLOCK_K, BYTE_DEPTH)) if of_bytes else tile
+
+
+def patches_weight(
+    chip: str, itemsize: int, row_count: int, width: int, depth: int, aligned: bool
+) -> tuple[Product, int]:
+    """Tile of the weight's gradient (width, depth), and into how many parts its sum over the rows is split."""
+    tile = PATCHES[chip, itemsize, aligned][0]
+    splits = max(1, min(2 * CORES[chip] // _tiles(tile, width, depth), row_count // SPLIT_PATCHES))
+    return tile, splits
+
+
+def _tiles(tile: Product, row_count: int, width: int) -> int:
+    return -(-row_count // tile.BLOCK_M) * -(-width // tile.BLOCK_N)

@@ -22,11 +22,17 @@ def _add_positions(patches: Tensor, pos_embed: Tensor | None, prefix: Tensor | N
     return patches if pos_embed is None else patches + pos_embed
 
 
-def _normalise(image: Tensor, pixel_scale: Tensor | None, pixel_shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _per_channel(values: Sequence[float], image: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=image.device)[:, None, None]
+
+
+def _normalise(
+    image: Tensor, pixel_scale: Sequence[float] | None, pixel_shift: Sequence[float] | None, dtype: torch.dtype
+) -> Tensor:
     if pixel_scale is None or pixel_shift is None:
         return image
     wide = image.to(torch.promote_types(dtype, torch.float32))
-    return (wide * pixel_scale[:, None, None] + pixel_shift[:, None, None]).to(dtype)
+    return (wide * _per_channel(pixel_scale, image) + _per_channel(pixel_shift, image)).to(dtype)
 
 
 def reference(
@@ -35,8 +41,8 @@ def reference(
     bias: Tensor | None,
     pos_embed: Tensor | None,
     prefix: Tensor | None,
-    pixel_scale: Tensor | None,
-    pixel_shift: Tensor | None,
+    pixel_scale: Sequence[float] | None,
+    pixel_shift: Sequence[float] | None,
 ) -> Tensor:
     """Plain PyTorch: a strided convolution, concatenation, sum."""
     image = _normalise(image, pixel_scale, pixel_shift, weight.dtype)
@@ -48,8 +54,8 @@ def reference_backward(
     dy: Tensor,
     image: Tensor,
     weight: Tensor,
-    pixel_scale: Tensor | None,
-    pixel_shift: Tensor | None,
+    pixel_scale: Sequence[float] | None,
+    pixel_shift: Sequence[float] | None,
     positions: int,
     prefix: int,
     image_grad: bool,
@@ -74,7 +80,7 @@ def reference_backward(
         dx = (patches @ weight.reshape(dim, -1)).view(batch, *grid, channels, p, q)
         dimage = dx.permute(0, 3, 1, 4, 2, 5).reshape(image.shape)
         if pixel_scale is not None:
-            dimage = (dimage.to(wide) * pixel_scale[:, None, None]).to(dy.dtype)
+            dimage = (dimage.to(wide) * _per_channel(pixel_scale, image)).to(dy.dtype)
     dbias, dpos, dprefix = (t.to(dy.dtype).clone() for t in (dbias, dpos, total[:prefix]))
     return dimage, dweight, dbias, dpos, dprefix
 
@@ -85,8 +91,8 @@ def _forward(
     bias: Tensor | None,
     pos_embed: Tensor | None,
     prefix: Tensor | None,
-    pixel_scale: Tensor | None,
-    pixel_shift: Tensor | None,
+    pixel_scale: Sequence[float] | None,
+    pixel_shift: Sequence[float] | None,
     backend: str,
 ) -> Tensor:
     launch = backends.implementation("patch_embed", backend).forward
@@ -104,8 +110,8 @@ def _backward(
     dy: Tensor,
     image: Tensor,
     weight: Tensor,
-    pixel_scale: Tensor | None,
-    pixel_shift: Tensor | None,
+    pixel_scale: Sequence[float] | None,
+    pixel_shift: Sequence[float] | None,
     positions: int,
     prefix: int,
     image_grad: bool,
@@ -128,13 +134,14 @@ def _setup_context(ctx, inputs, output):
     ctx.positions = 0 if pos_embed is None else pos_embed.shape[0]
     ctx.prefix = 0 if prefix is None else prefix.shape[0]
     ctx.has_bias, ctx.backend = bias is not None, backend
-    ctx.save_for_backward(image, weight, pixel_scale, pixel_shift)
+    ctx.pixels = pixel_scale, pixel_shift
+    ctx.save_for_backward(image, weight)
 
 
 def _autograd(ctx, dy):
     image_grad = ctx.needs_input_grad[0]
     dimage, dweight, dbias, dpos, dprefix = _backward_op(
-        dy, *ctx.saved_tensors, ctx.positions, ctx.prefix, image_grad, ctx.backend
+        dy, *ctx.saved_tensors, *ctx.pixels, ctx.positions, ctx.prefix, image_grad, ctx.backend
     )
     return (
         dimage if image_grad else None,
@@ -167,12 +174,13 @@ def _table(name: str, value: Tensor | None, weight: Tensor) -> Tensor | None:
 
 def _pixel_affine(
     image: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[list[float] | None, list[float] | None]:
     """scale and shift per channel with pixel * scale + shift = (pixel / range - mean) / std."""
     if mean is None and std is None and image.dtype != torch.uint8:
         return None, None
     channels = image.shape[1]
-    mean, std = (0.0,) * channels if mean is None else mean, (1.0,) * channels if std is None else std
+    mean = [0.0] * channels if mean is None else [float(m) for m in mean]
+    std = [1.0] * channels if std is None else [float(s) for s in std]
     for name, value in (("mean", mean), ("std", std)):
         if len(value) != channels:
             raise ValueError(
@@ -181,9 +189,7 @@ def _pixel_affine(
     if not all(s > 0 for s in std):
         raise ValueError(f"fastvit.patch_embed: std must be positive, got {tuple(std)}")
     white = 255.0 if image.dtype == torch.uint8 else 1.0
-    scale = torch.tensor([1.0 / (white * s) for s in std], dtype=torch.float32, device=image.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32, device=image.device)
-    return scale, shift
+    return [1.0 / (white * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
 
 def prepare_patch_embed(image, weight, bias=None, pos_embed=None, prefix=None, *, mean=None, std=None):
