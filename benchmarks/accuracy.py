@@ -87,11 +87,11 @@ def judge(
     if not bool(got.isfinite().all()):
         return math.nan, math.nan, "NaN or infinity"
     if got.numel() == 0:
-        return 0.0, 1.0, None
+        return 0.0, 0.0, None
     error, own = (float((tensor - exact).abs().max()) for tensor in (got, eager))
     error_norm, own_norm = (float((tensor - exact).norm()) for tensor in (got, eager))
     slack = bounds.slack * (1.0 if bounds is LOW_FORWARD else max(1.0, float(exact.abs().max())))
-    ratio = error / own if own > 0 else 1.0 if error == 0 else math.inf
+    ratio = error / own if own > 0 else math.inf if error > 0 else 0.0
     limits = bounds.largest * own + slack, bounds.norm * own_norm + slack * exact.numel() ** 0.5
     if error > limits[0]:
         return error, ratio, f"max error {error:.2e} is above {limits[0]:.2e} ({bounds.largest:g} x eager's {own:.2e})"

@@ -1,26 +1,43 @@
 #!/usr/bin/env bash
-# Build, test and measure on a GPU with the python that is there; downloads nothing and ends within nine minutes.
-# Leaves in $OUT (default build/gpu): build.log tests.log bench.log info.json rows.csv rows.png
-# Fails when a step fails; a later step still runs, because its log is what explains the failure.
+# Build, test and measure on a GPU with the python that is there; downloads nothing and ends within nine minutes, with
+# --quick within three. Other arguments go to the measurement of whole models. Leaves in $OUT (default build/gpu):
+# build.log tests.log ops.log models.log rows.csv breakdown.txt tuning.txt tuning.json
+# Fails when a step fails; a later step still runs, because its log is what explains the failure. Correctness comes
+# first, and what is left of the time goes to the tuner.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu}
-mkdir -p "$OUT"
-export PYTHONUNBUFFERED=1
-unset TRITON_INTERPRET
+quick='' seconds=525
+if [ "${1:-}" = --quick ]; then
+  quick=yes seconds=165
+  shift
+fi
 
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
   echo "gpu.sh: $(command -v "$PYTHON" || echo "$PYTHON (not found)") has no torch that finds a usable GPU" >&2
   exit 1
 fi
 
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+export OUT PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET
+rm -f "$OUT"/{build,tests,ops,models}.log "$OUT"/{breakdown,tuning}.txt "$OUT"/tuning.json "$OUT"/rows.csv
+end=$((SECONDS + seconds))
+
 failed=()
-step() { # name, seconds, log, command...
-  local name=$1 seconds=$2 log=$3 start=$SECONDS code
+step() { # name, most seconds, log, command...; a step gets no more than what is left of the whole time
+  local name=$1 seconds=$2 log=$3 start=$SECONDS left=$((end - SECONDS)) code
   shift 3
-  timeout --kill-after=5 "$seconds" "$@" >"$OUT/$log" 2>&1
+  [ "$seconds" -lt "$left" ] || seconds=$left
+  if [ "$seconds" -lt 10 ]; then
+    echo "$name: no time left"
+    failed+=("$name")
+    return
+  fi
+  timeout --kill-after=5 "$seconds" "$@" >>"$OUT/$log" 2>&1
   code=$?
   [ "$code" -eq 124 ] && echo "stopped after $seconds s" >>"$OUT/$log"
   echo "$name: exit $code after $((SECONDS - start)) s ($OUT/$log)"
@@ -30,22 +47,37 @@ step() { # name, seconds, log, command...
   fi
 }
 
-rm -f "$OUT"/{build,tests,bench}.log "$OUT"/info.json "$OUT"/rows.{csv,png}
-# Tests that concern no GPU stay away, and a new torch's warnings must not cost a run. Compiling kernels is most of a
-# test's time, hence several processes where pytest-xdist is installed.
-parallel=$("$PYTHON" -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null)
-elsewhere=(--ignore=tests/test_aot.py --ignore=tests/test_install.py --ignore=tests/test_architecture.py)
-step build 100 build.log "$PYTHON" setup.py build_ext --inplace
-step info 20 info.json "$PYTHON" -m fastvit info --json
-step tests 240 tests.log "$PYTHON" -m pytest tests -q -W default --durations=10 "${elsewhere[@]}" $parallel ${PYTEST_ARGS:-}
-# The rows are written case by case: what was measured before a time-out is kept and drawn.
-step bench 160 bench.log "$PYTHON" -m fastvit bench --device cuda --repeats 20 --dtype bfloat16,float16 \
-  --model vit_small_patch16_224,vit_base_patch16_224,vit_large_patch16_224 --batch 1,64,256 --csv "$OUT/rows.csv" "$@"
-if [ -f "$OUT/rows.csv" ]; then
-  cat "$OUT/bench.log"
-  timeout 20 "$PYTHON" -m fastvit.benchmarks.plot "$OUT/rows.csv" -o "$OUT/rows.png" || failed+=(plot)
+# The kernels' own tests, and in full those of everything built on them. Compiling is most of a test's time, hence
+# several processes where pytest-xdist is installed; a new torch's warnings must not cost a run.
+parallel=()
+processes=$("$PYTHON" -c 'import os, xdist; print(min(8, os.cpu_count()))' 2>/dev/null) && parallel=(-n "$processes")
+read -ra more <<<"${PYTEST_ARGS:-}"
+pytest=("$PYTHON" -m pytest -q -W default --durations=10 "${parallel[@]}" "${more[@]}")
+ops=("$PYTHON" -m fastvit bench-ops --device cuda --backend triton --csv "$OUT/rows.csv")
+models=("$PYTHON" -m fastvit bench --device cuda --backend triton --dtype bfloat16 --csv "$OUT/rows.csv")
+S=vit_small_patch16_224 B=vit_base_patch16_224 L=vit_large_patch16_224
+
+step build 90 build.log "$PYTHON" setup.py build_ext --inplace
+step info 20 build.log "$PYTHON" -m fastvit info
+if [ "$quick" ]; then
+  step tests 70 tests.log "${pytest[@]}" tests/test_kernels*.py
+  step ops 40 ops.log "${ops[@]}" --model "$B" --batch 256 --tokens 197 --direction forward,backward
+  step models 25 models.log "${models[@]}" --model "$B" --batch 256 --repeats 10 "$@"
+else
+  step tests 190 tests.log "${pytest[@]}" tests/test_kernels*.py \
+    tests/test_{attention,layer_norm,linear,norm_mlp,patch_embed,contract,backends,model,drop_in}.py
+  # Rows are written case by case: what was measured before a time-out is kept. The most important come first.
+  step ops 100 ops.log "${ops[@]}" --model "$B" --batch 256 --direction forward,backward,forward+backward
+  step models 70 models.log "${models[@]}" --model "$B,$S,$L" --batch 256,1,64 --repeats 20 "$@"
+  step breakdown 30 breakdown.txt "$PYTHON" -m fastvit.benchmarks.breakdown
+  step compile 40 ops.log "${ops[@]}" --model "$B" --batch 256 --tokens 197 --direction forward --compile
+  step shapes 40 ops.log "${ops[@]}" --model "$S,$L" --batch 256 --tokens 197
+  left=$((end - SECONDS - 15))
+  step tune $((left + 10)) tuning.txt "$PYTHON" -m fastvit.benchmarks.tune \
+    --op attention layer_norm linear_fc1 --budget "$left" --json "$OUT/tuning.json"
 fi
 
+[ ! -f "$OUT/rows.csv" ] || timeout 20 "$PYTHON" -m fastvit.benchmarks.table "$OUT/rows.csv"
 if [ "${#failed[@]}" -gt 0 ]; then
   echo "gpu.sh: failed: ${failed[*]}" >&2
   exit 1

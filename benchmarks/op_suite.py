@@ -192,7 +192,7 @@ def judge(
         error, ratio, reason = accuracy.judge(got[number], exact[number], eager[number], gradient=number > 0)
         if reason is not None:
             return {"status": "FAILED", "note": f"{name}: {reason}", "max_error": error, "error_ratio": ratio}
-        if ratio >= worst["error_ratio"]:
+        if (ratio, error) > (worst["error_ratio"], worst["max_error"]):
             worst.update(max_error=error, error_ratio=ratio)
     return worst
 

@@ -1,9 +1,13 @@
-"""Rows as a table: colours and rules in a terminal, aligned plain cells anywhere else."""
+"""Rows as a table: colours and rules in a terminal, aligned plain cells anywhere else.
 
+python -m fastvit.benchmarks.table ROWS.csv
+"""
+
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 
-from .rows import OP
+from .rows import MODEL, OP, of_level, read
 
 Row = Mapping[str, object]
 
@@ -174,3 +178,22 @@ def rich_tables(rows: Sequence[Row], width: int = 100):
             style = "bold red" if failed else "bold" if fastest else ""
             table.add_row(Text(str(row["provider"])), *(cell(row) for _, cell in columns_of(group)), style=style)
         yield table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the rows of a CSV file, whole models and ops apart; 0 on success."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if len(given) != 1:
+        print("usage: python -m fastvit.benchmarks.table ROWS.csv", file=sys.stderr)
+        return 2
+    try:
+        rows = read(given[0])
+    except (ValueError, OSError) as error:
+        print(f"table: {error}", file=sys.stderr)
+        return 1
+    print("\n\n".join(text for level in (OP, MODEL) if (text := plain(of_level(rows, level)))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -156,6 +156,18 @@ def test_eager_and_fused_take_the_same_tensors_and_agree_with_fp64(op: str) -> N
         assert tolerances.compare(got, want, yardstick, gradient=name != "output") is None, name
 
 
+def test_the_worst_tensor_stands_in_the_row() -> None:
+    exact = torch.zeros(3, dtype=torch.float64)
+    errors = {"output": (1e-3, 1e-3), "gradient of x": (3e-3, 2e-3), "gradient of residual": (0.0, 0.0)}
+    got, eager = ([torch.full((3,), pair[place]) for pair in errors.values()] for place in (0, 1))
+    told = op_suite.judge(tuple(errors), got, [exact] * 3, eager)
+    assert told["max_error"] == pytest.approx(3e-3)
+    assert told["error_ratio"] == pytest.approx(1.5)
+    got[1] *= 10
+    told = op_suite.judge(tuple(errors), got, [exact] * 3, eager)
+    assert (told["status"], told["note"][:13]) == ("FAILED", "gradient of x")
+
+
 def test_no_weight_is_degenerate() -> None:
     for op in op_cases.OPS:
         one, again, other = (op_calls.tensors(tiny(op), CPU, seed) for seed in (0, 0, 1))
@@ -310,6 +322,16 @@ def test_rows_of_ops_leave_the_models_alone(run, tmp_path) -> None:
     with pytest.raises(plot.PlotError, match="no rows"):
         plot.draw(rows.read(target), tmp_path / "chart.png")
     assert next(iter(table.rich_tables(rows.read(target)))).columns[1].header == "ms"
+
+
+def test_rows_are_shown_again_from_their_file(run, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "rows.csv"
+    _, out, _ = run("--op", "layer_norm", "--backend", "reference", "--csv", target)
+    assert table.main([str(target)]) == 0
+    assert capsys.readouterr().out == out
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    assert table.main([str(tmp_path / "other.csv")]) == 1
+    assert table.main([]) == 2
 
 
 def test_json_names_what_was_left_out(run) -> None:
