@@ -11,7 +11,7 @@ ARGS   ?=
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help build lint test test-full mutants static bench plot readme gpu clean
+.PHONY: help build lint test test-full mutants static bench bench-ops tune plot readme gpu clean
 
 py      := $(VENV)/bin/python
 pip     := $(py) -m pip install -q --disable-pip-version-check
@@ -48,6 +48,9 @@ bench: $(VENV)/.built ## ViT-B/16 on two photographs: table, CSV, chart in RESUL
 	$(py) -m fastvit bench --csv $(RESULTS)/rows.csv --plot $(RESULTS)/rows.png $(ARGS)
 	@echo "rows in $(RESULTS)/rows.csv, chart in $(RESULTS)/rows.png"
 
+bench-ops: $(VENV)/.built ## every op against eager, SDPA's backends and torch.compile: rows in RESULTS (ARGS="--op attention")
+	$(py) -m fastvit bench-ops --csv $(RESULTS)/rows.csv $(ARGS)
+
 plot: $(VENV)/.installed ## draw the rows in RESULTS=build/bench again
 	$(py) -m fastvit.benchmarks.plot $(RESULTS)/rows.csv -o $(RESULTS)/rows.png
 
@@ -56,6 +59,9 @@ readme: $(VENV)/.installed ## write the README's result table from benchmarks/re
 
 gpu: ## check and measure on the GPU with the system's python as it is; results in OUT=build/gpu
 	mkdir -p "$(OUT)" && PYTHON="$(PYTHON)" OUT="$(abspath $(OUT))" bash benchmarks/gpu.sh $(ARGS)
+
+tune: ## search faster block sizes on the GPU with the system's python; prints a table to commit (ARGS="--op attention")
+	mkdir -p "$(OUT)" && OUT="$(abspath $(OUT))" $(PYTHON) -m fastvit.benchmarks.tune $(ARGS)
 
 clean: ## remove everything built; the environment stays
 	rm -rf build dist *.egg-info fastvit/*.so .mypy_cache .pytest_cache .ruff_cache
