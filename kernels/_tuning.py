@@ -133,8 +133,8 @@ class TokenSum:
     num_warps: int
 
 
-# 32 elements a thread are four loads of 16 bytes in 16 bits; 768 columns make six programs a token.
-TOKEN_SUM = TokenSum(32, 128, num_warps=4)
+# 32 elements a thread are four loads of 16 bytes in 16 bits; 768 columns make three programs a token.
+TOKEN_SUM = TokenSum(16, 256, num_warps=4)
 
 # Attention, by chip, bytes of an element and padded head width: most keys of one pass (0: always in tiles), then
 # queries and keys of a tile beyond it. A query's scores, their exponentials and its sums share a thread's registers, so
@@ -214,9 +214,12 @@ def patches_weight(
 ) -> tuple[Product, int]:
     """Tile of the weight's gradient (width, depth), and into how many parts its sum over the rows is split."""
     tile = PATCHES[chip, itemsize, aligned][0]
-    splits = max(1, min(2 * CORES[chip] // _tiles(tile, width, depth), row_count // SPLIT_PATCHES))
-    return tile, splits
+    # The sums of so many programs fit the registers of a core.
+    programs = CORES[chip] * max(1, _PATCHES_WIDE.BLOCK_M * _PATCHES_WIDE.BLOCK_N // (tile.BLOCK_M * tile.BLOCK_N))
+    return tile, max(1, min(programs // _tiles(tile, width, depth), row_count // SPLIT_PATCHES))
 
 
 def _tiles(tile: Product, row_count: int, width: int) -> int:
     return -(-row_count // tile.BLOCK_M) * -(-width // tile.BLOCK_N)
+
+

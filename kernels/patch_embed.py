@@ -256,14 +256,14 @@ def _channels_last(image) -> bool:
     return image.shape[1] > 1 and image.stride(1) == 1 and image.stride(3) == image.shape[1]
 
 
-def _aligned(image, weight, *lengths) -> bool:
-    """Whether image and weight are read 16 bytes at a time, and rows of the weight's dtype that have these lengths."""
-    _, channels, _, patch_width = weight.shape
+def _aligned(image, weight) -> bool:
+    """Whether patches and rows of the weight, of the tokens too, lie so that 16 bytes are moved at a time."""
+    dim, channels, _, patch_width = weight.shape
     channels_last = _channels_last(image)
     runs = (patch_width * channels,) if channels_last else (patch_width, image.stride(1))
     dense = channels_last or image.stride(3) == 1
     by_image = _device.aligned(image, *runs, image.stride(0), image.stride(2))
-    return dense and by_image and _device.aligned(weight, weight[0].numel(), *lengths)
+    return dense and by_image and _device.aligned(weight, weight[0].numel(), dim)
 
 
 def _constant(values) -> tuple[float, ...] | None:
@@ -330,15 +330,17 @@ def _grad_weight(dpatches, image, weight, pixel_scale, pixel_shift):
     if rows * weight.numel() == 0:
         return torch.zeros_like(weight)
     channels_last = _channels_last(image)
+    # Not by the strides of dy: however it lies in memory, the sums are those of a contiguous one to the bit.
     tile, splits = _tuning.patches_weight(
-        _device.chip(weight), weight.element_size(), rows, dim, depth, _aligned(image, weight, *dpatches.stride()[:2])
+        _device.chip(weight), weight.element_size(), rows, dim, depth, _aligned(image, weight)
     )
     inner = (patch_height, patch_width, channels) if channels_last else weight.shape[1:]
     partials = torch.empty((splits, dim, *inner), dtype=torch.float32, device=weight.device)
+    split_rows = triton.cdiv(triton.cdiv(rows, splits), tile.BLOCK_K) * tile.BLOCK_K
     with _device.on_device_of(weight):
         _patch_embed_bwd_weight_kernel[triton.cdiv(dim, tile.BLOCK_M) * triton.cdiv(depth, tile.BLOCK_N), splits](
             dpatches, image, partials,
-            rows, dim, triton.cdiv(rows, splits), *dpatches.stride()[:2], *image.stride(),
+            rows, dim, split_rows, *dpatches.stride()[:2], *image.stride(),
             PIXEL_SCALE=_constant(pixel_scale), PIXEL_SHIFT=_constant(pixel_shift), CHANNELS_LAST=channels_last,
             C=channels, P=patch_height, Q=patch_width, PATCHES=patches, PATCHES_WIDE=image.shape[3] // patch_width,
             WIDE=_wide(dpatches, image), GROUP_M=_tuning.GROUP_M, **vars(tile),
@@ -354,8 +356,7 @@ def _grad_image(dpatches, image, weight, pixel_scale):
     dimage = torch.empty(tuple(image.shape), dtype=dpatches.dtype, device=image.device)
     if dimage.numel() == 0:
         return dimage
-    aligned = _aligned(dimage, weight, dim, *dpatches.stride()[:2])
-    tile = _tuning.patches(_device.chip(weight), weight.element_size(), rows, depth, aligned)
+    tile = _tuning.patches(_device.chip(weight), weight.element_size(), rows, depth, _aligned(dimage, weight))
     with _device.on_device_of(weight):
         _patch_embed_bwd_image_kernel[(triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(depth, tile.BLOCK_N),)](
             dpatches, weight, dimage,
