@@ -85,7 +85,7 @@ def legal_neighbours(key: Key, choice: Any, itemsize: int, refused: dict[str, st
     named = inspect.signature(getattr(_tuning(), key.chooser)).parameters
     asked = dict(zip(named, key.arguments, strict=True))
     found = []
-    for neighbour in dict.fromkeys(_candidates().neighbours(choice)):
+    for neighbour in dict.fromkeys(_candidates().neighbours(choice, asked)):
         reason = _candidates().legal(neighbour, asked.get("chip", "sm_90"), asked.get("itemsize", itemsize))
         if reason is None:
             found.append(neighbour)

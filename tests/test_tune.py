@@ -45,7 +45,7 @@ def clock(seconds: Callable[[], float]) -> tune.Clock:
 
 
 def test_neighbours_are_one_step_away_and_keep_what_the_shape_fixes() -> None:
-    near = list(_candidates.neighbours(TILE))
+    near = list(_candidates.neighbours(TILE, {}))
     assert len(near) == len(set(near))
     assert TILE not in near
     for one in near:
@@ -55,16 +55,39 @@ def test_neighbours_are_one_step_away_and_keep_what_the_shape_fixes() -> None:
     assert Tile(128, 64, 32, True, 8, 3) in near
     assert Tile(64, 64, 32, True, 4, 4) in near
     assert Tile(64, 64, 32, True, 8, 3) in near
-    assert not [one for one in _candidates.neighbours(Tile(1, 1, 1, True, 1, 1)) if min(vars(one).values()) < 1]
+    assert not [one for one in _candidates.neighbours(Tile(1, 1, 1, True, 1, 1), {}) if min(vars(one).values()) < 1]
+
+
+def test_an_attentions_keys_are_cut_into_other_pieces_that_hold_as_many() -> None:
+    @dataclass(frozen=True)
+    class Scores:
+        BLOCK_M: int
+        ROW_TILES: int
+        PIECES: tuple[int, ...]
+        FULL: int
+        WIDTHS: tuple[int, ...]
+        ONE_PASS: bool
+        num_warps: int
+
+    one = Scores(64, 4, (128, 64, 16), 2, (64,), True, num_warps=8)
+    near = set(_candidates.neighbours(one, {}))
+    cuts = {(config.PIECES, config.FULL) for config in near if config.PIECES != one.PIECES}
+    assert cuts == {((128, 128), 1)}
+    assert Scores(128, 2, (128, 64, 16), 2, (64,), True, num_warps=8) in near
+    assert {(config.PIECES, config.FULL) for config in near if config.PIECES == one.PIECES} == {(one.PIECES, 2)}
+    (merged,) = (config for config in near if config.PIECES == (128, 128))
+    cuts = {config.PIECES for config in _candidates.neighbours(merged, {})}
+    assert cuts >= {(256,), (128, 64, 64)}
+    assert "registers" in str(_candidates.legal(Scores(256, 1, (256,), 0, (64,), True, num_warps=4), CHIP, 2))
 
 
 def test_neighbours_of_a_tuple_change_one_part() -> None:
-    near = list(_candidates.neighbours((TILE, 3)))
+    near = list(_candidates.neighbours((TILE, 3), {}))
     assert (TILE, 1) in near
     assert (TILE, 6) in near
     assert all((one[0] == TILE) != (one[1] == 3) for one in near)
-    assert list(_candidates.neighbours(1)) == [2]
-    assert list(_candidates.neighbours(True)) == []
+    assert list(_candidates.neighbours(1, {})) == [2]
+    assert list(_candidates.neighbours(True, {})) == []
 
 
 @pytest.mark.parametrize(
@@ -128,7 +151,7 @@ def test_every_op_asks_something(op: str, direction: str) -> None:
 
 def climb(seconds: Callable[[], float], monkeypatch: pytest.MonkeyPatch, tried: list[object]) -> tune.Finding:
     """Tune layer_norm's tile with the given candidates and clock, everything else as it is."""
-    monkeypatch.setattr(_candidates, "neighbours", lambda choice: iter(tried))
+    monkeypatch.setattr(_candidates, "neighbours", lambda choice, asked: iter(tried))
     report = tune.search([case()], DEVICE, clock(seconds), 60.0, jobs=0)
     assert not report.skipped
     (finding,) = report.findings
