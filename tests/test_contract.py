@@ -1,11 +1,16 @@
 """What every op owes PyTorch: opcheck, compile without graph breaks, autocast, export, no silent second derivative."""
 
+import inspect
+
 import pytest
 import torch
-from harness import places
+import torch.nn.functional as F
+from calls import CALLS, PUBLIC, calls
+from harness import places, random_like
+from torch.utils.checkpoint import checkpoint
 
 import fastvit
-from fastvit import ops
+from fastvit import backends, ops
 
 
 def tensors(*shapes, dtype=torch.float32):
@@ -18,15 +23,38 @@ def layer_norm_case(place):
     return torch.ops.fastvit.layer_norm, (x, r, s, w, b, 1e-6, keep, place.backend)
 
 
+PLAIN_ATTENTION = (0.0, *[None] * 8, 0)
+
+
 def attention_case(place):
     (packed,) = tensors((2, 7, 3, 2, 16))
     mask = torch.rand(2, 1, 1, 7).gt(0.2).expand(2, 2, 7, 7)
-    return torch.ops.fastvit.attention, (packed, None, None, mask, False, 0.25, place.backend)
+    return torch.ops.fastvit.attention, (packed, None, None, mask, False, 0.25, *PLAIN_ATTENTION, place.backend)
 
 
 def attention_unpacked_case(place):
     q, k, v = tensors((1, 2, 5, 16), (1, 2, 9, 16), (1, 2, 9, 16))
-    return torch.ops.fastvit.attention, (q, k, v, None, True, 0.25, place.backend)
+    return torch.ops.fastvit.attention, (q, k, v, None, True, 0.25, *PLAIN_ATTENTION, place.backend)
+
+
+def attention_norm_case(place):
+    (packed,) = tensors((2, 7, 3, 2, 16))
+    norms = tensors((16,), (16,), (16,))
+    options = (0.0, None, *norms, None, 1e-6, 1e-5, None, 0)
+    return torch.ops.fastvit.attention, (packed, None, None, None, False, 0.25, *options, place.backend)
+
+
+def attention_varlen_case(place):
+    (packed,) = tensors((1, 11, 3, 2, 16))
+    cu_seqlens = torch.tensor([0, 4, 4, 11], dtype=torch.int32)
+    options = (0.0, *[None] * 7, cu_seqlens, 7)
+    return torch.ops.fastvit.attention, (packed, None, None, None, False, 0.25, *options, place.backend)
+
+
+def attention_dropout_case(place):
+    q, k, v = tensors((1, 2, 5, 16), (1, 2, 9, 16), (1, 2, 9, 16))
+    options = (0.3, torch.tensor([7]), *[None] * 7, 0)
+    return torch.ops.fastvit.attention, (q, k, v, None, False, 0.25, *options, place.backend)
 
 
 def linear_case(place):
@@ -46,61 +74,49 @@ def patch_embed_case(place):
     return torch.ops.fastvit.patch_embed, (image, w, b, pos, prefix, None, None, place.backend)
 
 
+OP_CASES = (
+    (layer_norm_case, "layer_norm"),
+    (attention_case, "attention"),
+    (attention_unpacked_case, "attention"),
+    (linear_case, "linear"),
+    (norm_mlp_case, "norm_mlp"),
+    (patch_embed_case, "patch_embed"),
+)
 CASES = [
     pytest.param(case, *place.values, id=f"{case.__name__.removesuffix('_case')}-{place.id}", marks=place.marks)
-    for case, op in (
-        (layer_norm_case, "layer_norm"),
-        (attention_case, "attention"),
-        (attention_unpacked_case, "attention"),
-        (linear_case, "linear"),
-        (norm_mlp_case, "norm_mlp"),
-        (patch_embed_case, "patch_embed"),
-    )
+    for case, op in OP_CASES
     for place in places(op)
-    if place.values[0].backend != "reference" and place.values[0].device == "cpu"
+    if place.values[0].backend != "reference"
 ]
+each_call = pytest.mark.parametrize("call", calls())
+
+
+def test_no_op_and_no_public_function_is_left_out():
+    assert {op for _, op in OP_CASES} == set(backends.OPS)
+    assert set(CALLS) == set(PUBLIC)
 
 
 @pytest.mark.parametrize(("case", "place"), CASES)
 def test_opcheck(case, place):
     op, args = case(place)
-    torch.library.opcheck(op, args)
+    there = [
+        a.detach().to(place.device).requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args
+    ]
+    results = torch.library.opcheck(op, tuple(there))
+    assert len(results) == 4
+    assert set(results.values()) == {"SUCCESS"}
 
 
-def public_calls():
-    """One call of every public function, differentiable in its first argument."""
-    image, conv, pos, prefix = tensors((2, 3, 8, 8), (16, 3, 4, 4), (1, 5, 16), (1, 1, 16))
-    x, w, b, w1, b1, w2 = tensors((2, 5, 16), (16,), (16,), (24, 16), (24,), (16, 24))
-    return (
-        {
-            "layer_norm": lambda x=x: ops.layer_norm(x, w, b),
-            "add_layer_norm": lambda x=x: ops.add_layer_norm(x, x.detach(), w, b, layer_scale=w)[0],
-            "attention": lambda x=x: ops.attention(*[x.view(2, 5, 2, 8).transpose(1, 2)] * 3),
-            "attention_packed": lambda x=x: ops.attention_packed(torch.cat([x, x, x], -1), 2),
-            "linear": lambda x=x: ops.linear(x, w1, b1, activation="gelu"),
-            "norm_mlp": lambda x=x: ops.norm_mlp(x, w, b, w1, b1, w2, b, layer_scale=b),
-            "patch_embed": lambda x=image: ops.patch_embed(x, conv, b, pos, prefix),
-        },
-        {"patch_embed": image},
-        x,
-    )
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
-@pytest.mark.parametrize("name", list(public_calls()[0]))
-def test_compiles_in_one_graph(name, backend):
-    if not fastvit.is_available(backend) or (backend == "triton" and torch.cuda.is_available()):
-        pytest.skip(f"GPU: {backend} does not run on CPU tensors here")
-    calls, inputs, default = public_calls()
-    call, x = calls[name], inputs.get(name, default)
+@each_call
+def test_compiles_in_one_graph(call):
     torch._dynamo.reset()
-    with fastvit.backend(backend):
-        compiled = torch.compile(lambda t: call(t).sin(), fullgraph=True, backend="aot_eager")
-        want, got = call(x).sin(), compiled(x)
-        assert torch.allclose(got, want, atol=1e-5)
-        (a,) = torch.autograd.grad(want.sum(), x, retain_graph=True)
-        (b,) = torch.autograd.grad(got.sum(), x)
-    assert torch.allclose(a, b, atol=1e-4)
+    tensors = call.tensors()
+    with fastvit.backend(call.place.backend):
+        want = call.function(**tensors).sin()
+        got = torch.compile(lambda **t: call.function(**t).sin(), fullgraph=True, backend="aot_eager")(**tensors)
+    assert torch.allclose(got, want, atol=1e-5)
+    for name, w, g in zip(tensors, call.gradients(tensors, want), call.gradients(tensors, got), strict=True):
+        assert torch.allclose(g, w, atol=1e-4), name
 
 
 def test_compile_follows_the_override_and_the_batch():
@@ -121,39 +137,60 @@ def test_compile_follows_the_override_and_the_batch():
         assert counter.frame_count > before
 
 
-@pytest.mark.parametrize("name", list(public_calls()[0]))
-def test_second_derivative_is_right_or_raises(name):
-    calls, inputs, default = public_calls()
-    call, x = calls[name], inputs.get(name, default)
-    with fastvit.backend("reference"):
-        (grad,) = torch.autograd.grad(call().square().sum(), x, create_graph=True)
-        if "attention" in name:  # torch's own fused attention on the CPU has none either
-            with pytest.raises(RuntimeError, match="is not implemented"):
-                torch.autograd.grad(grad.square().sum(), x)
-        else:
-            assert torch.autograd.grad(grad.square().sum(), x)[0].isfinite().all()
-    if fastvit.is_available("cpu"):
-        with fastvit.backend("cpu"):
-            (grad,) = torch.autograd.grad(call().square().sum(), x, create_graph=True)
-            with pytest.raises(RuntimeError, match=r"no autograd formula|does not require grad|not differentiable"):
-                torch.autograd.grad(grad.square().sum(), x)
+@each_call
+def test_second_derivative_is_right_or_raises(call):
+    tensors = call.tensors()
+    first = next(iter(tensors.values()))
+    (grad,) = torch.autograd.grad(call.run(tensors).square().sum(), first, create_graph=True)
+    if call.place.backend != "reference":
+        with pytest.raises(RuntimeError, match=r"no autograd formula|does not require grad|not differentiable"):
+            torch.autograd.grad(grad.square().sum(), first)
+    elif "attention" in call.name:  # torch's own fused attention has none either
+        with pytest.raises(RuntimeError, match="is not implemented"):
+            torch.autograd.grad(grad.square().sum(), first)
+    else:
+        assert torch.autograd.grad(grad.square().sum(), first)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("name", list(public_calls()[0]))
-def test_autocast_gives_the_dtypes_of_torch(name):
-    calls, inputs, default = public_calls()
-    call, x = calls[name], inputs.get(name, default)
-    results = []
-    for backend in ("reference", "auto"):
-        with fastvit.backend(backend), torch.autocast("cpu", dtype=torch.bfloat16):
-            y = call()
-        results.append(y)
-        (grad,) = torch.autograd.grad(y.float().sum(), x)
-        assert grad.dtype == torch.float32
-    assert results[0].dtype == results[1].dtype
-    assert torch.allclose(results[0].float(), results[1].float(), atol=0.1, rtol=0.05)
-    narrow = {"attention", "attention_packed", "linear"}
-    assert results[0].dtype == (torch.bfloat16 if name in narrow else torch.float32)
+def eager_attention(qkv):
+    q, k, v = qkv.unflatten(-1, (3, 2, 8)).unbind(-3)
+    return F.scaled_dot_product_attention(*(t.transpose(-2, -3) for t in (q, k, v))).transpose(-2, -3).flatten(-2)
+
+
+def eager_norm_mlp(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale):
+    hidden = F.gelu(F.linear(F.layer_norm(x, (16,), norm_weight, norm_bias), fc1_weight, fc1_bias))
+    return x + layer_scale * F.linear(hidden, fc2_weight, fc2_bias)
+
+
+def eager_add_layer_norm(x, residual, weight, bias, layer_scale):
+    z = residual + layer_scale * x
+    return torch.cat([F.layer_norm(z, (16,), weight, bias, 1e-6), z])
+
+
+EAGER = {
+    "add_layer_norm": eager_add_layer_norm,
+    "attention": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+    "attention_packed": eager_attention,
+    "attention_varlen": lambda qkv: torch.cat([eager_attention(part) for part in (qkv[:2], qkv[2:])]),
+    "layer_norm": lambda x, weight, bias: F.layer_norm(x, (16,), weight, bias, 1e-6),
+    "linear": lambda x, weight, bias, layer_scale, residual: residual + layer_scale * F.gelu(F.linear(x, weight, bias)),
+    "norm_mlp": eager_norm_mlp,
+    "patch_embed": lambda image, weight, bias, pos_embed, prefix: (
+        torch.cat([prefix.expand(2, -1, -1), F.conv2d(image, weight, bias, 4).flatten(2).transpose(1, 2)], 1)
+        + pos_embed
+    ),
+}
+
+
+@each_call
+def test_autocast_gives_the_dtypes_and_values_of_torch(call):
+    tensors = call.tensors()
+    with torch.autocast(call.place.device, dtype=torch.bfloat16):
+        want, got = EAGER[call.name](**tensors), call.run(tensors)
+    assert got.dtype == want.dtype
+    assert torch.allclose(got.float(), want.float(), atol=0.1, rtol=0.05)
+    for name, gradient in zip(tensors, call.gradients(tensors, got), strict=True):
+        assert gradient.dtype == torch.float32, name
 
 
 def test_autocast_is_off_for_fp64_and_off_outside():
@@ -171,10 +208,33 @@ def test_export_goes_through_the_reference():
     assert not any("fastvit" in str(node.target) for node in exported.graph.nodes)
 
 
-@pytest.mark.parametrize("name", list(public_calls()[0]))
-def test_two_runs_are_bit_equal(name):
-    call = public_calls()[0][name]
-    assert torch.equal(call(), call())
+def results(call, through=None, **options):
+    """Output and every gradient, with the random numbers of one seed; through checkpoint's options, or without it."""
+    torch.manual_seed(1)
+    tensors = call.tensors()
+    if through is None:
+        output = call.run(tensors, **options)
+    else:
+        names, leaves = list(tensors), tensors.values()
+        output = checkpoint(lambda *t: call.run(dict(zip(names, t, strict=True)), **options), *leaves, **through)
+    output.backward(random_like(output).to(output))
+    return {"output": output, **{name: t.grad for name, t in tensors.items()}}
+
+
+@each_call
+def test_two_runs_are_bit_equal(call):
+    first, second = results(call), results(call)
+    assert not [name for name in first if not torch.equal(first[name], second[name])]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@each_call
+def test_checkpointing_changes_no_bit(call, use_reentrant):
+    taken = inspect.signature(getattr(ops, call.name)).parameters
+    for options in ({}, {"drop_path": 0.5}, {"dropout": 0.5}):
+        if set(options) <= set(taken):
+            plain, saved = results(call, **options), results(call, {"use_reentrant": use_reentrant}, **options)
+            assert not [name for name in plain if not torch.equal(plain[name], saved[name])], options
 
 
 def test_functional_transforms_are_right_or_clear():
