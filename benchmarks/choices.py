@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,8 +34,21 @@ class Key:
         return repr((self.chooser, *self.arguments))
 
 
-def _tuning() -> Any:
-    return importlib.import_module("fastvit.kernels._tuning")
+def _modules() -> list[Any]:
+    """`kernels/_tuning.py` and, where its tables outgrow one file, those named after it."""
+    kernels = importlib.import_module("fastvit.kernels")
+    names = sorted(path.stem for path in Path(kernels.__path__[0]).glob("_tuning*.py"))
+    return [importlib.import_module(f"fastvit.kernels.{name}") for name in names]
+
+
+def choosers() -> dict[str, Callable]:
+    """The functions of `_tuning` that kernels may ask, by name."""
+    return {
+        name: value
+        for module in _modules()
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+    }
 
 
 def _candidates() -> Any:
@@ -49,12 +63,7 @@ def _configures(choice: Any) -> bool:
 @contextlib.contextmanager
 def answering(answers: Mapping[Key, Any], asked: dict[Key, Any] | None = None) -> Iterator[None]:
     """Let the choosers of `_tuning` give these answers to these questions, and note what is asked and answered."""
-    module = _tuning()
-    originals = {
-        name: value
-        for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
-    }
+    originals = choosers()
 
     def chooser(name: str) -> Callable:
         signature = inspect.signature(originals[name])
@@ -71,18 +80,21 @@ def answering(answers: Mapping[Key, Any], asked: dict[Key, Any] | None = None) -
 
         return answer
 
-    for name in originals:
+    places = [
+        (module, name) for module in _modules() for name in originals if vars(module).get(name) is originals[name]
+    ]
+    for module, name in places:
         setattr(module, name, chooser(name))
     try:
         yield
     finally:
-        for name, original in originals.items():
-            setattr(module, name, original)
+        for module, name in places:
+            setattr(module, name, originals[name])
 
 
 def legal_neighbours(key: Key, choice: Any, itemsize: int, refused: dict[str, str]) -> list[Any]:
     """What lies one step from a choice and fits the chip; the others are added to refused, with the reason."""
-    named = inspect.signature(getattr(_tuning(), key.chooser)).parameters
+    named = inspect.signature(choosers()[key.chooser]).parameters
     asked = dict(zip(named, key.arguments, strict=True))
     found = []
     for neighbour in dict.fromkeys(_candidates().neighbours(choice, asked)):

@@ -5,6 +5,7 @@ import ctypes
 import math
 import re
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -101,7 +102,8 @@ class Burst:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._plans: dict[Callable[[], object], tuple[int, int]] = {}
+        # Weak, because a call may hold a graph and all that was kept for its backward.
+        self._plans: weakref.WeakKeyDictionary[Callable[[], object], tuple[int, int]] = weakref.WeakKeyDictionary()
         probe = 10_000_000
         self._cycles_per_s = probe / self._timed(lambda: torch.cuda._sleep(probe), 1, 0)
 
