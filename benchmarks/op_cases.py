@@ -24,7 +24,7 @@ DIRECTIONS = ("forward", "backward", "forward+backward")
 
 GPU_MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
 GPU_BATCHES = (1, 64, 256)
-GPU_TOKENS = (50, 257, 577, 1025)  # of attention beside each model's own; at the middle batch, as they only grow
+GPU_TOKENS, GPU_TOKENS_BATCH = (50, 257, 577, 1025), 64  # of attention beside the model's own, at no larger a batch
 GPU_DTYPES = ("bfloat16",)
 CPU_MODELS, CPU_BATCHES, CPU_DTYPES = ("vit_base_patch16_224",), (1, 8), ("float32",)
 DEFAULT_DIRECTIONS = ("forward", "forward+backward")
@@ -169,6 +169,6 @@ def grid(
                         for count in (None,) if op == "patch_embed" else tokens or (None,):
                             found.append(at_model(op, model, batch, dtype, direction, count))
                     if op == "attention" and gpu and not tokens:
-                        middle = sorted(batches)[len(batches) // 2]
-                        found += [at_model(op, model, middle, dtype, direction, count) for count in GPU_TOKENS]
+                        most = min(max(batches), GPU_TOKENS_BATCH)
+                        found += [at_model(op, model, most, dtype, direction, count) for count in GPU_TOKENS]
     return list(dict.fromkeys(found))

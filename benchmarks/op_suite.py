@@ -229,30 +229,44 @@ def _time(
 ) -> tuple[dict[str, measure.Timing], measure.Ceiling]:
     """Seconds of every sound candidate, eager among them; adds to `judged` a lone call's time and memory."""
     device = options.device
-    sets = cold_copies(case, device, given)
-    with torch.no_grad():
-        dy = None if case.direction == "forward" else op_calls.upstream(sound[0].function(**given))
-    providers = []
-    for one in sound:
-        with one.scope():
-            providers.append(measure.Provider(one.name, prepare(case, one.function, sets, dy), one.scope))
+    gpu = device.type == "cuda"
+    providers = _providers(case, sound, cold_copies(case, device, given))
     ceiling = _ceiling(device, case.torch_dtype)
     ceiling.forget()
-    gpu = device.type == "cuda"
     timings = measure.interleave(
-        providers,
+        list(providers.values()),
         measure.Burst(device) if gpu else measure.stopwatch(device),
         options.repeats or (GPU_ROUNDS if gpu else None),
         on_round=functools.partial(report, "time"),
         between=measure.sparsely(ceiling.sample),
         budget_s=BUDGET_S,
     )
-    lone = measure.interleave(providers, measure.stopwatch(device), CALL_ROUNDS) if gpu else {}
-    for one, provider in zip(sound, providers, strict=True):
-        one.judged["peak_mib"] = measure.peak_mib(provider, device)
-        if gpu:
+    lone = measure.interleave(list(providers.values()), measure.stopwatch(device), CALL_ROUNDS) if gpu else {}
+    for one in sound:
+        if one.name in providers:
+            one.judged["peak_mib"] = measure.peak_mib(providers[one.name], device)
+        if one.name in lone:
             one.judged["call_ms"] = statistics.median(lone[one.name].samples) * 1e3
     return timings, ceiling
+
+
+def _providers(
+    case: OpCase, sound: Sequence[Candidate], sets: Sequence[op_calls.Tensors]
+) -> dict[str, measure.Provider]:
+    """What can be timed, by name; who runs out of memory with all sets, as SDPA's math may, has that as its note."""
+    with torch.no_grad():
+        dy = None if case.direction == "forward" else op_calls.upstream(sound[0].function(**sets[0]))
+    found = {}
+    for one in sound:
+        try:
+            with one.scope():
+                turn = prepare(case, one.function, sets, dy)
+                turn()
+        except torch.OutOfMemoryError as error:
+            one.judged = {"status": "FAILED", "note": suite.one_line(error)}
+            continue
+        found[one.name] = measure.Provider(one.name, turn, one.scope)
+    return found
 
 
 @functools.lru_cache(maxsize=1)
