@@ -183,6 +183,17 @@ def enough(results: list[Result]) -> bool:
     return usable and sum(result.outcome == "killed" for result in results) >= SHARE * len(results)
 
 
+def write(results: list[Result], path: Path) -> None:
+    """As CSV; rows there of ops that were not tried now stay."""
+    tried = {result.op for result in results}
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    rows = [row for row in rows if row["op"] not in tried] + [asdict(result) for result in results]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: (row["op"], row["mutant"])))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help="the ops whose faults are planted; all by default")
@@ -203,10 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
         results.append(result)
     results.sort(key=lambda result: (result.op, result.mutant))
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(map(asdict, results))
+        write(results, options.csv)
     counts = {outcome: sum(result.outcome == outcome for result in results) for outcome in OUTCOMES}
     print(f"{len(results)} faults: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count))
     return 0 if enough(results) else 1

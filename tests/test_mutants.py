@@ -71,6 +71,13 @@ def test_one_in_twenty_may_survive_and_none_may_be_unusable():
     assert not mutants.enough(results(killed=100, does_not_apply=1))
 
 
+def test_results_of_ops_not_tried_are_kept(tmp_path):
+    path = tmp_path / "mutants.csv"
+    mutants.write([mutants.Result("b", "fault", "killed", "a test", 1.0), mutants.Result("a", "fault", "killed")], path)
+    mutants.write([mutants.Result("a", "other", "survived")], path)
+    assert path.read_text().splitlines()[1:] == ["a,other,survived,,0.0", "b,fault,killed,a test,1.0"]
+
+
 def test_listing_and_unknown_ops(capsys):
     assert mutants.main(["--list", "layer_norm"]) == 0
     assert "eps-outside-the-root" in capsys.readouterr().out
