@@ -21,6 +21,10 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 
 # Options at the end of an op's contract that no native kernel takes yet: the contract's last arguments, in order.
 _OPTIONS: dict[str, tuple[str, ...]] = {
+    "attention": (
+        *("dropout", "seed", "q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias", "q_eps", "k_eps"),
+        *("cu_seqlens", "max_seqlen"),
+    ),
     "linear": ("sample_scale",),
     "layer_norm": ("sample_scale",),
     "norm_mlp": ("sample_scale",),

@@ -1,4 +1,4 @@
-"""Triton's interpreter, set up for tests on a machine without a GPU, with three faults of it repaired.
+"""Triton's interpreter, set up for tests on a machine without a GPU, with its faults repaired.
 
 Import order matters: ``install`` must run before any module that defines a kernel.
 """
@@ -26,6 +26,7 @@ def install() -> bool:
         _repair_conversion(interpreter)
         _repair_dot(interpreter)
         _silence(interpreter)
+        _patch_once(interpreter)
     return True
 
 
@@ -74,3 +75,21 @@ def _silence(interpreter: Any) -> None:
             original(self, *args, **options)
 
     interpreter.GridExecutor.__call__ = call
+
+
+def _patch_once(interpreter: Any) -> None:
+    """Each call of a device function swaps triton.language for NumPy again: once per launch and module will do."""
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    done: set[int] = set()
+
+    def patch_once(fn: Any) -> Any:
+        if id(fn.__globals__) in done:
+            return None
+        done.add(id(fn.__globals__))
+        return patch(fn)
+
+    def call(self: Any, *args: Any, **options: Any) -> None:
+        done.clear()
+        launch(self, *args, **options)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, call

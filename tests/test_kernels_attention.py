@@ -50,9 +50,8 @@ def test_attention_in_tiles_is_attention_in_one_pass(dtype, monkeypatch):
     q, k, v = packed(1, 100, 2, 64, dtype)
     mask = torch.rand(1, 2, 100, 100, device=DEVICE) > 0.5
     choose = _tuning.scores
-    monkeypatch.setattr(
-        _tuning, "scores", lambda *args: dataclasses.replace(choose(*args), BLOCK_M=32, BLOCK_N=16, ONE_PASS=False)
-    )
+    tiles = {"BLOCK_M": 32, "ROW_TILES": 1, "TILE": (16,), "PIECES": (16,), "FULL": 0, "ONE_PASS": False}
+    monkeypatch.setattr(_tuning, "scores", lambda *args: dataclasses.replace(choose(*args), **tiles))
     out, lse = run(attention, q, k, v, mask, False, 0.125)
     assert_close("out", out, attend(*double(q, k, v), mask), attend(q, k, v, mask))
     scores = (q.double() @ k.double().mT * 0.125).masked_fill(~mask, -math.inf)

@@ -3,7 +3,8 @@
 from typing import Any
 
 from .. import backends as _backends
-from .attention import attention, attention_packed, prepare_attention, prepare_attention_packed
+from ._attention_arguments import prepare_attention, prepare_attention_packed, prepare_attention_varlen
+from .attention import attention, attention_packed, attention_varlen
 from .layer_norm import add_layer_norm, layer_norm, prepare_add_layer_norm, prepare_layer_norm
 from .linear import linear, prepare_linear
 from .norm_mlp import norm_mlp, prepare_norm_mlp
@@ -13,6 +14,7 @@ __all__ = [
     "add_layer_norm",
     "attention",
     "attention_packed",
+    "attention_varlen",
     "layer_norm",
     "linear",
     "norm_mlp",
@@ -25,6 +27,7 @@ _PUBLIC = {
     "add_layer_norm": ("layer_norm", prepare_add_layer_norm),
     "attention": ("attention", prepare_attention),
     "attention_packed": ("attention", prepare_attention_packed),
+    "attention_varlen": ("attention", prepare_attention_varlen),
     "layer_norm": ("layer_norm", prepare_layer_norm),
     "linear": ("linear", prepare_linear),
     "norm_mlp": ("norm_mlp", prepare_norm_mlp),

@@ -1,6 +1,8 @@
 """Attention: softmax(scale · QKᵀ + mask) V per head, from separate q, k, v or from a packed qkv read in place.
 
-Multi-head self-attention of "An Image is Worth 16x16 Words" (arXiv 2010.11929, appendix A).
+Multi-head self-attention of "An Image is Worth 16x16 Words" (arXiv 2010.11929, appendix A). Options of the op are
+dropout, the norm of queries and keys, and sequences of several lengths in one row; what the backend in force lacks is
+computed beside the op.
 """
 
 import math
@@ -11,6 +13,15 @@ from torch import Tensor
 
 from .. import backends
 from . import _contract as contract
+from ._attention_arguments import (
+    PLAIN,
+    Norm,
+    packed_heads,
+    prepare_attention,
+    prepare_attention_packed,
+    prepare_attention_varlen,
+    unpack,
+)
 from .layer_norm import layer_norm
 
 
@@ -45,14 +56,15 @@ def reference_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-) -> None:
-    """Write the gradients into dq, dk, dv, views of any strides; fp32 inside.
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    *_options: object,
+) -> tuple[None, None, None, None]:
+    """Write the gradients into dq, dk, dv, views of any strides; fp32 inside. No kernel that uses this has the options.
 
     P = exp(scale QKᵀ + mask - lse), dV = Pᵀ dO, dS = P * (dO Vᵀ - Σ_e dO O), dQ = scale dS K, dK = scale dSᵀ Q.
     """
@@ -72,24 +84,35 @@ def reference_backward(
     dq.copy_(ds @ kw)
     dk.copy_(ds.transpose(-2, -1) @ qw)
     dv.copy_(p.transpose(-2, -1) @ grad)
-
-
-def _unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Views (B, H, N, E) of q, k, v; without k and v, q is packed (B, N, 3, H, E)."""
-    if k is None or v is None:
-        q, k, v = (t.transpose(1, 2) for t in q.unbind(2))
-    return q, k, v
+    return None, None, None, None
 
 
 def _forward(
-    q: Tensor, k: Tensor | None, v: Tensor | None, mask: Tensor | None, causal: bool, scale: float, backend: str
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    q_norm_weight: Tensor | None,
+    q_norm_bias: Tensor | None,
+    k_norm_weight: Tensor | None,
+    k_norm_bias: Tensor | None,
+    q_eps: float | None,
+    k_eps: float | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
+    norms = (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias, q_eps, k_eps)
     launch = backends.implementation("attention", backend).forward
-    return launch(*_unpack(q, k, v), mask, causal, scale)
+    return launch(*unpack(q, k, v), mask, causal, scale, dropout, seed, *norms, cu_seqlens, max_seqlen)
 
 
-def _fake(q, k, v, mask, causal, scale, backend):
-    q = _unpack(q, k, v)[0]
+def _fake(q, k, v, *_):
+    q = unpack(q, k, v)[0]
     batch, heads, tokens, head_dim = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(batch, tokens, heads, head_dim), q.new_empty(batch, heads, tokens, dtype=wide)
@@ -105,35 +128,60 @@ def _backward(
     mask: Tensor | None,
     causal: bool,
     scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    q_norm_weight: Tensor | None,
+    q_norm_bias: Tensor | None,
+    k_norm_weight: Tensor | None,
+    k_norm_bias: Tensor | None,
+    q_eps: float | None,
+    k_eps: float | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    norms = (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias, q_eps, k_eps)
     launch = contract.backward_launcher("attention", backend, reference_backward)
-    grads = _backward_fake(dout, q, k, v, out, lse, mask, causal, scale, backend)
-    views = _unpack(*grads) if k is not None else _unpack(grads[0], None, None)
-    launch(contract.unit_stride(dout), *_unpack(q, k, v), out, lse, mask, causal, scale, *views)
-    return grads
+    grads = _empty_gradients(q, k, v)
+    views = unpack(*grads) if k is not None else unpack(grads[0], None, None)
+    dqw, dqb, dkw, dkb = launch(
+        *(contract.unit_stride(dout), *unpack(q, k, v), out, lse, *views),
+        *(mask, causal, scale, dropout, seed, *norms, cu_seqlens, max_seqlen),
+    )
+    return *grads, *(contract.absent(q) if g is None else g for g in (dqw, dqb, dkw, dkb))
 
 
-def _backward_fake(dout, q, k, v, out, lse, mask, causal, scale, backend):
+def _empty_gradients(q, k, v):
     if k is None or v is None:
         return q.new_empty(q.shape), contract.absent(q), contract.absent(q)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _backward_fake(dout, q, k, v, out, lse, mask, causal, scale, dropout, seed, qw, qb, kw, kb, *_):
+    norms = (contract.absent(q) if p is None else torch.empty_like(p) for p in (qw, qb, kw, kb))
+    return *_empty_gradients(q, k, v), *norms
+
+
 def _setup_context(ctx, inputs, output):
-    q, k, v, mask, causal, scale, backend = inputs
+    q, k, v, mask, causal, scale, dropout, seed, qw, qb, kw, kb, q_eps, k_eps, cu_seqlens, max_seqlen, backend = inputs
     out, lse = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse)
-    ctx.causal, ctx.scale, ctx.backend = causal, scale, backend
-    ctx.save_for_backward(q, k, v, mask, out, lse)
+    ctx.scalars = causal, scale, dropout
+    ctx.rest = q_eps, k_eps, max_seqlen, backend
+    ctx.save_for_backward(q, k, v, out, lse, mask, seed, qw, qb, kw, kb, cu_seqlens)
 
 
 def _autograd(ctx, dout, _lse):
-    q, k, v, mask, out, lse = ctx.saved_tensors
-    dq, dk, dv = _backward_op(dout, q, k, v, out, lse, mask, ctx.causal, ctx.scale, ctx.backend)
-    packed = k is None
-    return dq, None if packed else dk, None if packed else dv, None, None, None, None
+    q, k, v, out, lse, mask, seed, *norms, cu_seqlens = ctx.saved_tensors
+    causal, scale, dropout = ctx.scalars
+    q_eps, k_eps, max_seqlen, backend = ctx.rest
+    grads = _backward_op(
+        *(dout, q, k, v, out, lse, mask, causal, scale, dropout, seed),
+        *(*norms, q_eps, k_eps, cu_seqlens, max_seqlen, backend),
+    )
+    dq, dk, dv, *dnorms = (None if p is None else g for p, g in zip((q, k, v, *norms), grads, strict=True))
+    return dq, dk, dv, None, None, None, None, None, *dnorms, None, None, None, None, None
 
 
 _op, _backward_op = contract.register(
@@ -141,72 +189,59 @@ _op, _backward_op = contract.register(
 )
 
 
-def _expand_mask(op: str, mask: Tensor | None, q: Tensor, keys: int) -> Tensor | None:
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.float32, q.dtype):
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"fastvit.{op}: mask must be a bool, float32 or {q.dtype} Tensor, got {got}")
-    if mask.device != q.device:
-        raise ValueError(f"fastvit.{op}: mask must be on q's device {q.device}, got {mask.device}")
-    shape = (*q.shape[:3], keys)
-    if mask.dim() > 4 or any(m not in (1, s) for m, s in zip(reversed(mask.shape), reversed(shape), strict=False)):
-        raise ValueError(f"fastvit.{op}: mask must broadcast to {shape}, got {tuple(mask.shape)}")
-    return mask.expand(shape)
+def _fused(args) -> bool:
+    """Whether the launchers' arguments ask for more than plain attention."""
+    return args[6] > 0.0 or any(option is not None for option in args[8:15])
 
 
-def _scale(op: str, scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return head_dim**-0.5
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"fastvit.{op}: scale must be a finite number or None, got {scale!r}")
-    return float(scale)
-
-
-def prepare_attention(q, k, v, *, mask=None, causal=False, scale=None, dropout=0.0):
-    """Check the public arguments and turn them into the launchers'."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        contract.check_tensor("attention", name, tensor, 4)
-    contract.check_rate("attention", "dropout", dropout)
-    batch, heads, _, head_dim = q.shape
-    keys = k.shape[2]
-    contract.check_like("attention", "k", k, "q", q, (batch, heads, keys, head_dim))
-    contract.check_like("attention", "v", v, "q", q, (batch, heads, keys, head_dim))
-    if head_dim == 0:
-        raise ValueError(f"fastvit.attention: the head dimension of q must not be empty, got shape {tuple(q.shape)}")
-    mask = _expand_mask("attention", mask, q, keys)
-    q, k, v = (contract.unit_stride(t) for t in (q, k, v))
-    return q, k, v, mask, bool(causal), _scale("attention", scale, head_dim)
-
-
-def prepare_attention_packed(qkv, num_heads, *, mask=None, causal=False, scale=None, dropout=0.0):
-    """Check the public arguments and turn them into the launchers'; q, k, v are views of qkv."""
-    contract.check_tensor("attention_packed", "qkv", qkv, 3)
-    contract.check_rate("attention_packed", "dropout", dropout)
-    if not isinstance(num_heads, int) or num_heads < 1:
-        raise ValueError(f"fastvit.attention_packed: num_heads must be a positive integer, got {num_heads!r}")
-    batch, tokens, width = qkv.shape
-    if width == 0 or width % (3 * num_heads):
-        raise ValueError(
-            f"fastvit.attention_packed: qkv must be (B, N, 3·num_heads·E) with num_heads={num_heads}, "
-            f"got shape {tuple(qkv.shape)}"
-        )
-    head_dim = width // (3 * num_heads)
-    packed = contract.unit_stride(qkv).view(batch, tokens, 3, num_heads, head_dim)
-    q, k, v = _unpack(packed, None, None)
-    mask = _expand_mask("attention_packed", mask, q, tokens)
-    return q, k, v, mask, bool(causal), _scale("attention_packed", scale, head_dim)
-
-
-def _run(args, packed: Tensor | None, dropout: float) -> Tensor:
+def _run(args, packed: Tensor | None) -> Tensor:
     """(B, N, H, E), through the packed tensor where there is one so that its gradient is written in place."""
-    q, k, v, mask, causal, scale = args
-    plain = dropout > 0.0 or (mask is not None and contract.needs_grad(mask))
-    backend = "reference" if plain else backends.select("attention", *args)
+    q, k, v, mask, causal, scale, dropout, _, *options = args
+    if _fused(args) and (_learns(mask) or backends.serving("attention", *args) in (None, "reference")):
+        return _run_beside(args)
+    backend = "reference" if _learns(mask) else backends.select("attention", *args)
     if backend == "reference":
-        return reference(*args, dropout=dropout)
+        return reference(q, k, v, mask, causal, scale)
+    seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout > 0.0 else None
     tensors = (q, k, v) if packed is None else (packed, None, None)
-    return _op(*tensors, mask, causal, scale, backend)[0]
+    return _op(*tensors, mask, causal, scale, dropout, seed, *options, backend)[0]
+
+
+def _learns(mask: Tensor | None) -> bool:
+    return mask is not None and contract.needs_grad(mask)
+
+
+def _run_beside(args) -> Tensor:
+    """The same from plain attention: the norms before it, sequences padded to the longest, dropout by the reference."""
+    q, k, v, mask, causal, scale, dropout, _, qw, qb, kw, kb, q_eps, k_eps, cu_seqlens, max_seqlen = args
+    if q_eps is not None:
+        q = layer_norm(q.transpose(1, 2), qw, qb, q_eps).transpose(1, 2).to(v.dtype)
+    if k_eps is not None:
+        k = layer_norm(k.transpose(1, 2), kw, kb, k_eps).transpose(1, 2).to(v.dtype)
+    if cu_seqlens is not None:
+        return _run_padded(q, k, v, causal, scale, dropout, cu_seqlens, max_seqlen)
+    if dropout > 0.0:
+        return reference(q, k, v, mask, causal, scale, dropout=dropout)
+    return _run((q, k, v, mask, causal, scale, *PLAIN), None)
+
+
+def _run_padded(q, k, v, causal, scale, dropout, cu_seqlens, max_seqlen) -> Tensor:
+    """Sequences as a batch with a mask. The lengths are never read on the host, so this traces and does not wait."""
+    heads, total = q.shape[1:3]
+    if total == 0:
+        return v.transpose(1, 2).contiguous()
+    longest = min(max_seqlen, total)
+    token = torch.arange(total, device=q.device)
+    sequence = torch.searchsorted(cu_seqlens, token.to(cu_seqlens.dtype), right=True) - 1
+    index = cu_seqlens[:-1, None] + token[:longest]
+    inside = index < cu_seqlens[1:, None]
+    # Rows of no sequence hold what another one left there: zeros, so that its NaN stays its own.
+    q, k, v = (
+        torch.where(inside[:, None, :, None], t[0][:, index.clamp(max=total - 1)].transpose(0, 1), 0) for t in (q, k, v)
+    )
+    mask = inside[:, None, None, :].expand(-1, heads, longest, -1)
+    out = _run_beside((q, k, v, mask, causal, scale, dropout, *PLAIN[1:]))
+    return out[sequence, token - cu_seqlens[sequence]][None]
 
 
 def attention(
@@ -227,8 +262,8 @@ def attention(
             see no key gives exactly 0. Combines with ``causal``.
         causal: token n sees keys 0..n only.
         scale: defaults to 1/√E.
-        dropout: rate on the attention weights; a positive one, like a mask that needs a gradient, runs on the reference
-            backend.
+        dropout: rate on the attention weights, reproducible from torch's seed. A backend whose kernel has none, and any
+            backend for a mask that needs a gradient, leaves the call to the reference.
 
     Returns:
         (B, H, N, E), a view of (B, N, H, E) memory.
@@ -240,10 +275,7 @@ def attention(
     if low is not None:
         q, k, v, mask = contract.cast(low, q, k, v, mask)
     args = prepare_attention(q, k, v, mask=mask, causal=causal, scale=scale, dropout=dropout)
-    return _run(args, None, dropout).transpose(1, 2)
-
-
-Norm = tuple[Tensor | None, Tensor | None, float]
+    return _run(args, None).transpose(1, 2)
 
 
 def attention_packed(
@@ -274,14 +306,43 @@ def attention_packed(
     low = None if not isinstance(qkv, Tensor) else contract.autocast_dtype(qkv)
     if low is not None:
         qkv, mask = contract.cast(low, qkv, mask)
-    args = prepare_attention_packed(qkv, num_heads, mask=mask, causal=causal, scale=scale, dropout=dropout)
-    q, k = args[:2]
-    batch, heads, tokens, head_dim = q.shape
-    packed: Tensor | None = contract.unit_stride(qkv).view(batch, tokens, 3, heads, head_dim)
-    if q_norm is not None or k_norm is not None:
-        q, k = (
-            t if norm is None else layer_norm(t.transpose(1, 2), *norm).transpose(1, 2).to(t.dtype)
-            for t, norm in ((q, q_norm), (k, k_norm))
-        )
-        args, packed = (q, k, *args[2:]), None
-    return _run(args, packed, dropout).reshape(batch, tokens, heads * head_dim)
+    args = prepare_attention_packed(
+        qkv, num_heads, q_norm=q_norm, k_norm=k_norm, mask=mask, causal=causal, scale=scale, dropout=dropout
+    )
+    return _run(args, packed_heads(qkv, num_heads)).flatten(2)
+
+
+def attention_varlen(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_heads: int,
+    *,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Self-attention within each of several images of different sizes, packed in one row without padding.
+
+    Args:
+        qkv: (total, 3·D), the tokens of all images one after the other, columns as in :func:`attention_packed`.
+        cu_seqlens: (images + 1,), int32: image i is rows cu_seqlens[i] to cu_seqlens[i + 1]. Starts with 0, ends with
+            total, never falls; equal neighbours are an image without tokens. The values are not read by the host, so
+            they are not checked.
+        max_seqlen: tokens of the longest image, or more.
+        num_heads, q_norm, k_norm, causal, scale, dropout: as in :func:`attention_packed`.
+
+    Returns:
+        (total, D), contiguous.
+
+    Raises:
+        TypeError, ValueError: dtypes, devices or shapes that do not fit.
+    """
+    low = None if not isinstance(qkv, Tensor) else contract.autocast_dtype(qkv)
+    if low is not None:
+        (qkv,) = contract.cast(low, qkv)
+    options = {"causal": causal, "scale": scale, "dropout": dropout}
+    args = prepare_attention_varlen(qkv, cu_seqlens, max_seqlen, num_heads, q_norm=q_norm, k_norm=k_norm, **options)
+    return _run(args, packed_heads(qkv, num_heads))[0].flatten(1)
