@@ -220,6 +220,25 @@ def test_a_kernel_that_is_wrong_as_it_stands_is_not_tuned(monkeypatch: pytest.Mo
     assert "output" in told[0]
 
 
+def test_spills_of_every_launch_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.jit import JITFunction
+
+    class Compiled:
+        def __init__(self, n_spills: int) -> None:
+            self.n_spills = n_spills
+
+    def launch(kernel: object, n: int) -> Compiled:
+        return Compiled(n)
+
+    monkeypatch.setattr(JITFunction, "run", launch)
+    seen: list[int] = []
+    with choices.watching_spills(seen):
+        assert JITFunction.run(None, 3).n_spills == 3
+        JITFunction.run(None, 12)
+    assert seen == [3, 12]
+    assert JITFunction.run is launch
+
+
 def end_the_process(case: op_cases.OpCase, answers: dict) -> str | None:
     """Stands in for `choices.try_once` in a worker."""
     if answers["choice"] == "crashes":
