@@ -117,16 +117,18 @@ class Workers:
         if not self._jobs:
             return [None] * len(choices)
         reasons: list[str | None] = []
-        waiting = [self._started().submit(try_once, case, dict(answers)) for answers in choices]
+        pool = self._started()
+        waiting = [pool.submit(try_once, case, dict(answers)) for answers in choices]
         for answers, future in zip(choices, waiting, strict=True):
             try:
                 reasons.append(future.result())
-            except BrokenProcessPool:  # it, or one beside it: ask again, alone
+            except BrokenProcessPool:  # by this choice or by one that ran beside it: alone it shows
+                if self._pool is pool:
+                    self.close()
                 reasons.append(self._alone(case, answers))
         return reasons
 
     def _alone(self, case: op_cases.OpCase, answers: Mapping[Key, Any]) -> str | None:
-        self.close()
         try:
             return self._started().submit(try_once, case, dict(answers)).result()
         except BrokenProcessPool:
@@ -147,7 +149,7 @@ class Workers:
 
 @functools.lru_cache(maxsize=1)
 def _prepared(case: op_cases.OpCase) -> tuple[op_calls.Tensors, torch.Tensor | None]:
-    given = op_calls.tensors(case, torch.device("cuda"))
+    given = op_calls.tensors(case, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if case.direction == "forward":
         return given, None
     with torch.no_grad():
@@ -182,7 +184,8 @@ def _spills(case: op_cases.OpCase, answers: Mapping[Key, Any]) -> int:
     given, dy = _prepared(case)
     with fastvit.backend(BACKEND), answering(answers), watching_spills(seen):
         op_suite.prepare(case, op_calls.call(case).fused, [given], dy)()
-    torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return max(seen, default=0)
 
 
