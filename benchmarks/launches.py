@@ -45,31 +45,34 @@ def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _layer_norm() -> Iterator[Launch]:
-    def row_tensors(rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        return _empty(rows, width, dtype=dtype), _empty(width, dtype=dtype), _empty(8, dtype=dtype)
-
-    def forward(rows: int, width: int, full: bool) -> Callable[[torch.dtype], tuple]:
+    def forward(rows: int, width: int, kind: str) -> Callable[[torch.dtype], tuple]:
         def arguments(dtype: torch.dtype) -> tuple:
-            x, row, samples = row_tensors(rows, width, dtype)
-            return (x, x, row, row, row, 1e-6, samples) if full else (x, None, None, row, row, 1e-6, None)
+            x, row, samples = _empty(rows, width, dtype=dtype), _empty(width, dtype=dtype), _empty(8, dtype=dtype)
+            layer_scale, sample_scale = (row, samples) if kind == "full" else (None, None)
+            return x, None if kind == "plain" else x, layer_scale, row, row, 1e-6, sample_scale
 
         return arguments
 
-    def backward(rows: int, width: int, full: bool) -> Callable[[torch.dtype], tuple]:
+    def backward(rows: int, width: int, kind: str) -> Callable[[torch.dtype], tuple]:
         def arguments(dtype: torch.dtype) -> tuple:
-            x, row, samples = row_tensors(rows, width, dtype)
+            x, row, samples = _empty(rows, width, dtype=dtype), _empty(width, dtype=dtype), _empty(8, dtype=dtype)
             statistics = _empty(rows, dtype=torch.float32)
-            options = (x, row, samples) if full else (None, None, None)
-            return x, x if full else None, x, statistics, statistics, row, *options
+            scales = (x, row, samples) if kind == "full" else (None, None, None)
+            return x, None if kind == "plain" else x, x, statistics, statistics, row, *scales
 
         return arguments
 
-    for width in (192, 384, 768, 1023, 1024, 1280, 1408, 1664, 4096, 65537):
-        for full in (False, True):
-            rows = 256 * 197 if width < 4096 else 1000
-            label = f"{'residual' if full else 'plain'} {width}"
-            yield Launch("layer_norm", "forward", label, forward(rows, width, full))
-            yield Launch("layer_norm", "backward", label, backward(rows, width, full))
+    M = 256 * 197
+    for width in (192, 384, 768, 1024, 1280, 1408, 1664):
+        for kind in ("plain", "residual", "full") if width in (192, 768, 1664) else ("residual",):
+            w = work.layer_norm(M, width, residual=kind != "plain", keep=True)
+            yield Launch("layer_norm", "forward", f"{kind} {width}", forward(M, width, kind), w.flops, w.bytes)
+            w = work.layer_norm_backward(M, width, residual=kind != "plain", scaled=kind == "full")
+            yield Launch("layer_norm", "backward", f"{kind} {width}", backward(M, width, kind), w.flops, w.bytes)
+    for rows, width, kind in ((1, 1, "plain"), (197, 768, "full"), (5000, 1023, "full"), (5000, 4096, "full"),
+                              (5000, 8192, "full"), (1000, 65537, "plain"), (1000, 65537, "full")):  # fmt: skip
+        yield Launch("layer_norm", "forward", f"{kind} {rows} x {width}", forward(rows, width, kind))
+        yield Launch("layer_norm", "backward", f"{kind} {rows} x {width}", backward(rows, width, kind))
 
 
 def _linear() -> Iterator[Launch]:
@@ -101,18 +104,60 @@ def _linear() -> Iterator[Launch]:
 
 
 def _norm_mlp() -> Iterator[Launch]:
-    def forward(width: int, full: bool) -> Callable[[torch.dtype], tuple]:
+    def tensors(rows: int, width: int, hidden: int, kind: str, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
+        row, samples = _empty(width, dtype=dtype), _empty(8, dtype=dtype)
+        vector = None if kind == "bare" else row
+        return {
+            "x": _empty(rows, width, dtype=dtype),
+            "norm": vector,
+            "fc1": _empty(hidden, width, dtype=dtype),
+            "bias": None if kind == "bare" else _empty(hidden, dtype=dtype),
+            "fc2": _empty(width, hidden, dtype=dtype),
+            "scale": row if kind == "full" else None,
+            "samples": samples if kind == "full" else None,
+        }
+
+    def forward(
+        rows: int, width: int, hidden: int, kind: str, keep: bool, activation: str
+    ) -> Callable[[torch.dtype], tuple]:
         def arguments(dtype: torch.dtype) -> tuple:
-            x, row, hidden = _empty(1000, width, dtype=dtype), _empty(width, dtype=dtype), _empty(3072, dtype=dtype)
-            up, down = _empty(3072, width, dtype=dtype), _empty(width, 3072, dtype=dtype)
-            if not full:
-                return x, None, None, up, None, down, None, None, 1e-6, "quick_gelu", False, False, None
-            return x, row, row, up, hidden, down, row, row, 1e-6, "gelu", True, True, None
+            t = tensors(rows, width, hidden, kind, dtype)
+            parameters = (t["norm"], t["norm"], t["fc1"], t["bias"], t["fc2"], t["norm"], t["scale"])
+            return t["x"], *parameters, 1e-6, activation, kind != "bare", keep, t["samples"]
 
         return arguments
 
-    yield Launch("norm_mlp", "forward", "bare 65537", forward(65537, False))
-    yield Launch("norm_mlp", "forward", "full 768", forward(768, True))
+    def backward(rows: int, width: int, hidden: int, kind: str, activation: str) -> Callable[[torch.dtype], tuple]:
+        def arguments(dtype: torch.dtype) -> tuple:
+            t = tensors(rows, width, hidden, kind, dtype)
+            parameters = (t["norm"], t["norm"], t["fc1"], t["fc2"], t["norm"], t["scale"])
+            statistics, preact = _empty(rows, dtype=torch.float32), _empty(rows, hidden, dtype=dtype)
+            kept = (statistics, statistics, preact)
+            return t["x"], t["x"], *parameters, *kept, activation, kind != "bare", t["samples"]
+
+        return arguments
+
+    for width in (192, 384, 768):
+        M, F = 256 * 197, 4 * width
+        for keep in (False, True):
+            w = work.norm_mlp(M, width, F, keep)
+            label = f"{width}" + " kept" * keep
+            arguments = forward(M, width, F, "plain", keep, "gelu")
+            yield Launch("norm_mlp", "forward", label, arguments, w.flops, w.bytes)
+        w = work.norm_mlp_backward(M, width, F)
+        yield Launch("norm_mlp", "backward", f"{width}", backward(M, width, F, "plain", "gelu"), w.flops, w.bytes)
+    for rows, width, hidden, kind, keep, activation in (
+        (20000, 128, 512, "bare", False, "none"),
+        (20000, 256, 1024, "full", True, "gelu_tanh"),
+        (1000, 65537, 3072, "bare", False, "quick_gelu"),
+        (1000, 768, 3072, "full", True, "gelu"),
+        (1001, 59, 131, "full", True, "quick_gelu"),
+    ):
+        arguments = forward(rows, width, hidden, kind, keep, activation)
+        yield Launch("norm_mlp", "forward", f"{kind} {rows} x {width}", arguments)
+        arguments = backward(rows, width, hidden, kind, activation)
+        if width < 4096:
+            yield Launch("norm_mlp", "backward", f"{kind} {rows} x {width}", arguments)
 
 
 def _attention() -> Iterator[Launch]:
@@ -144,8 +189,6 @@ def _patch_embed() -> Iterator[Launch]:
         image = _empty(batch, 3, 224, 224, dtype=dtype)
         if pixels == "uint8":
             image = _empty(batch, 224, 224, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        elif pixels == "channels last":
-            image = _empty(batch, 224, 224, 3, dtype=dtype).permute(0, 3, 1, 2)
         weight, scale = _empty(768, 3, patch, patch, dtype=dtype), [0.017, 0.0175, 0.0174]
         return image, weight, scale if pixels in ("uint8", "scaled") else None, (224 // patch) ** 2 + 1
 
@@ -160,7 +203,13 @@ def _patch_embed() -> Iterator[Launch]:
     def backward(batch: int, patch: int, pixels: str, image_grad: bool) -> Callable[[torch.dtype], tuple]:
         def arguments(dtype: torch.dtype) -> tuple:
             image, weight, scale, tokens = tensors(batch, patch, pixels, dtype)
-            return _empty(batch, tokens, 768, dtype=dtype), image, weight, scale, scale, tokens, 1, image_grad
+            # What a slice of a wider tensor hands back is read number by number.
+            dy = (
+                _empty(batch, tokens, 771, dtype=dtype)[..., :768]
+                if pixels == "scaled"
+                else _empty(batch, tokens, 768, dtype=dtype)
+            )
+            return dy, image, weight, scale, scale, tokens, 1, image_grad
 
         return arguments
 
@@ -168,18 +217,13 @@ def _patch_embed() -> Iterator[Launch]:
         return lambda itemsize: work.bytes(itemsize) - (itemsize - 1) * (pixels == "uint8") * 256 * 3 * 224 * 224
 
     yield Launch("patch_embed", "forward", "bare", forward(2, 16, "", False))
-    for batch, patch, pixels in (
-        (1, 16, ""),
-        (2, 16, "scaled"),
-        (2, 14, ""),
-        (2, 14, "uint8"),
-        (2, 14, "channels last"),
-        (16384, 16, ""),
-    ):
+    yield Launch("patch_embed", "forward", "1 x 224/16", forward(1, 16, "", True))
+    yield Launch("patch_embed", "backward", "2 x 224/16 scaled", backward(2, 16, "scaled", True))
+    for batch, patch, pixels in ((2, 14, ""), (2, 14, "uint8"), (16384, 16, "")):
         label = f"{batch} x 224/{patch} {pixels}".rstrip()
         yield Launch("patch_embed", "forward", label, forward(batch, patch, pixels, True))
         yield Launch("patch_embed", "backward", label, backward(batch, patch, pixels, pixels != "uint8"))
-    for pixels in ("", "uint8", "channels last"):
+    for pixels in ("", "uint8"):
         shape, label = (256, 196, 768, 768, 1), f"256 x 224/16 {pixels}".rstrip()
         there, back = work.patch_embed(*shape), work.patch_embed_backward(*shape)
         call = forward(256, 16, pixels, True)

@@ -44,9 +44,12 @@ def layer_norm(M: int, D: int, residual: bool = False, keep: bool = False) -> Wo
     return Work(0, (4 if residual else 2) * M * D + 2 * D, 2 * M * keep)
 
 
-def layer_norm_backward(M: int, D: int, residual: bool = False) -> Work:
-    """dy and x in, dx out, and with a residual the sum's gradient in; weight in, two gradients out."""
-    return Work(0, (4 if residual else 3) * M * D + 3 * D, 2 * M)
+def layer_norm_backward(M: int, D: int, residual: bool = False, scaled: bool = False) -> Work:
+    """dy and x in, dx out, and with a residual the sum's gradient in; weight in, two gradients out.
+
+    LayerScale: the branch in, its gradient and the residual's out; the scale in, its gradient out.
+    """
+    return Work(0, (3 + residual + 2 * scaled) * M * D + (3 + 2 * scaled) * D, 2 * M)
 
 
 def linear(M: int, K: int, C: int, activation: bool = False, residual: bool = False, keep: bool = False) -> Work:

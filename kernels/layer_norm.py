@@ -8,6 +8,9 @@ import triton.language as tl
 
 from . import _device, _tuning
 from ._device import _refined_statistics, _row_statistics
+from ._norm_backward import backward
+
+__all__ = ["backward", "forward", "why_not"]
 
 
 def why_not(x, residual, layer_scale, weight, bias, eps, sample_scale) -> str | None:
@@ -15,34 +18,36 @@ def why_not(x, residual, layer_scale, weight, bias, eps, sample_scale) -> str | 
 
 
 @triton.jit
-def _sum_tile(x_ptr, residual_ptr, layer_scale_ptr, sample_scale_ptr, rows, columns, M, D, SAMPLE_ROWS,
+def _sum_tile(x_ptr, residual_ptr, layer_scale_ptr, sample_scale_ptr, row, column, M, D, SAMPLE_ROWS,
               stride_xm, stride_rm, HAS_RESIDUAL: tl.constexpr, HAS_LAYER_SCALE: tl.constexpr,
               HAS_SAMPLE_SCALE: tl.constexpr):  # fmt: skip
     """The residual sum, rounded to the inputs' dtype because that is what backward will see; 0 beyond D."""
-    inside = (rows < M) & (columns < D)
-    z = tl.load(x_ptr + rows * stride_xm + columns, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_D]
+    inside = (row < M)[:, None] & (column < D)[None, :]
+    z = tl.load(x_ptr + row[:, None] * stride_xm + column[None, :], mask=inside, other=0.0)  # [BLOCK_M, BLOCK_D]
+    z = z.to(tl.float32)
     if HAS_RESIDUAL:
         if HAS_LAYER_SCALE:
-            z *= tl.load(layer_scale_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+            z *= tl.load(layer_scale_ptr + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
         if HAS_SAMPLE_SCALE:
-            z *= tl.load(sample_scale_ptr + rows // SAMPLE_ROWS, mask=rows < M, other=0.0).to(tl.float32)
-        z += tl.load(residual_ptr + rows * stride_rm + columns, mask=inside, other=0.0).to(tl.float32)
-        z = z.to(x_ptr.dtype.element_ty).to(tl.float32)
+            sample_scale = tl.load(sample_scale_ptr + row // SAMPLE_ROWS, mask=row < M, other=0.0)  # [BLOCK_M]
+            z *= sample_scale.to(tl.float32)[:, None]
+        residual = tl.load(residual_ptr + row[:, None] * stride_rm + column[None, :], mask=inside, other=0.0)
+        z = (z + residual.to(tl.float32)).to(x_ptr.dtype.element_ty).to(tl.float32)
     return z
 
 
 @triton.jit
-def _store_tile(z, mean, rstd, weight_ptr, bias_ptr, y_ptr, z_ptr, rows, columns, M, D,
+def _store_tile(z, mean, rstd, weight_ptr, bias_ptr, y_ptr, z_ptr, row, column, M, D,
                 HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
     y = (z - mean[:, None]) * rstd[:, None]  # [BLOCK_M, BLOCK_D]
     if HAS_WEIGHT:
-        y *= tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+        y *= tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
-        y += tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    inside = (rows < M) & (columns < D)
-    tl.store(y_ptr + rows * D + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
+        y += tl.load(bias_ptr + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
+    inside = (row < M)[:, None] & (column < D)[None, :]
+    tl.store(y_ptr + row[:, None] * D + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
     if HAS_RESIDUAL:
-        tl.store(z_ptr + rows * D + columns, z.to(z_ptr.dtype.element_ty), mask=inside)
+        tl.store(z_ptr + row[:, None] * D + column[None, :], z.to(z_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -54,36 +59,35 @@ def _layer_norm_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    rows = row[:, None]  # [BLOCK_M, 1]
-    columns = tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
+    column = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     if ONE_TILE:
-        z = _sum_tile(x_ptr, residual_ptr, layer_scale_ptr, sample_scale_ptr, rows, columns, M, D, SAMPLE_ROWS,
+        z = _sum_tile(x_ptr, residual_ptr, layer_scale_ptr, sample_scale_ptr, row, column, M, D, SAMPLE_ROWS,
                       stride_xm, stride_rm, HAS_RESIDUAL, HAS_LAYER_SCALE, HAS_SAMPLE_SCALE)  # fmt: skip
-        mean, rstd = _row_statistics(z, columns, D, eps)
-        _store_tile(z, mean, rstd, weight_ptr, bias_ptr, y_ptr, z_ptr, rows, columns, M, D,
+        mean, rstd = _row_statistics(z, column[None, :], D, eps)
+        _store_tile(z, mean, rstd, weight_ptr, bias_ptr, y_ptr, z_ptr, row, column, M, D,
                     HAS_RESIDUAL, HAS_WEIGHT, HAS_BIAS)  # fmt: skip
     else:
         total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in range(0, D, BLOCK_D):
-            total += _sum_tile(x_ptr, residual_ptr, layer_scale_ptr, sample_scale_ptr, rows, start + columns,
+            total += _sum_tile(x_ptr, residual_ptr, layer_scale_ptr, sample_scale_ptr, row, start + column,
                                M, D, SAMPLE_ROWS, stride_xm, stride_rm,
                                HAS_RESIDUAL, HAS_LAYER_SCALE, HAS_SAMPLE_SCALE)  # fmt: skip
         mean = tl.sum(total, axis=1) / D  # [BLOCK_M]
         total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         squares = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in range(0, D, BLOCK_D):
-            z = _sum_tile(x_ptr, residual_ptr, layer_scale_ptr, sample_scale_ptr, rows, start + columns,
+            z = _sum_tile(x_ptr, residual_ptr, layer_scale_ptr, sample_scale_ptr, row, start + column,
                           M, D, SAMPLE_ROWS, stride_xm, stride_rm,
                           HAS_RESIDUAL, HAS_LAYER_SCALE, HAS_SAMPLE_SCALE)  # fmt: skip
-            centred = tl.where(start + columns < D, z - mean[:, None], 0.0)
+            centred = tl.where((start + column < D)[None, :], z - mean[:, None], 0.0)
             total += centred
             squares += centred * centred
         mean, rstd = _refined_statistics(mean, tl.sum(total, axis=1), tl.sum(squares, axis=1), D, eps)
         for start in range(0, D, BLOCK_D):
-            z = _sum_tile(x_ptr, residual_ptr, layer_scale_ptr, sample_scale_ptr, rows, start + columns,
+            z = _sum_tile(x_ptr, residual_ptr, layer_scale_ptr, sample_scale_ptr, row, start + column,
                           M, D, SAMPLE_ROWS, stride_xm, stride_rm,
                           HAS_RESIDUAL, HAS_LAYER_SCALE, HAS_SAMPLE_SCALE)  # fmt: skip
-            _store_tile(z, mean, rstd, weight_ptr, bias_ptr, y_ptr, z_ptr, rows, start + columns, M, D,
+            _store_tile(z, mean, rstd, weight_ptr, bias_ptr, y_ptr, z_ptr, row, start + column, M, D,
                         HAS_RESIDUAL, HAS_WEIGHT, HAS_BIAS)  # fmt: skip
     tl.store(mean_ptr + row, mean, mask=row < M)
     tl.store(rstd_ptr + row, rstd, mask=row < M)
@@ -97,7 +101,7 @@ def forward(x, residual, layer_scale, weight, bias, eps, sample_scale):
     rstd = torch.empty_like(mean)
     if y.numel() == 0:
         return y, z, mean, rstd
-    tile = _tuning.rows(width)
+    tile = _tuning.rows(width, x.element_size(), rows)
     sample_rows = 1 if sample_scale is None else rows // sample_scale.shape[0]
     with _device.on_device_of(x):
         _layer_norm_fwd_kernel[(triton.cdiv(rows, tile.BLOCK_M),)](
