@@ -13,6 +13,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from fastvit import native
+from fastvit.ops._attention_arguments import PLAIN
 
 pytestmark = pytest.mark.skipif(native.why_unavailable("cpu") is not None, reason=str(native.why_unavailable("cpu")))
 
@@ -52,7 +53,7 @@ def arguments(op: str, dtype: torch.dtype, rows: int = 45) -> tuple:
         return r(rows, 83), r(rows, 83), r(83), r(83), r(83), 1e-6, None
     if op == "attention":
         q, k, v = r(2, rows, 3, 3, 19).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v, torch.rand(2, 1, 1, rows).expand(2, 3, rows, rows) > 0.2, False, 0.23
+        return q, k, v, torch.rand(2, 1, 1, rows).expand(2, 3, rows, rows) > 0.2, False, 0.23, *PLAIN
     if op == "linear":
         return r(rows, 67), r(71, 67), r(71), r(71), r(rows, 71), "gelu", True, None
     if op == "norm_mlp":
@@ -138,7 +139,7 @@ def test_exp_through_two_keys(isa):
         torch.tensor([0.0, -1.0])[None, None, :, None],
         torch.tensor([0.0, 1.0])[None, None, :, None],
     )
-    out, lse = native.cpu.attention.forward(q, k, v, None, False, 1.0)
+    out, lse = native.cpu.attention.forward(q, k, v, None, False, 1.0, *PLAIN)
     exact = torch.exp(-t.double()) / (1 + torch.exp(-t.double()))
     normal = exact > 1.2e-38
     assert ((out.flatten().double() - exact) / exact)[normal].abs().max() < 4e-7
@@ -211,8 +212,8 @@ def test_rows_and_heads_of_stride_zero(isa):
     assert torch.equal(y, native.cpu.layer_norm.forward(x.contiguous(), None, None, None, None, 1e-6, None)[0])
     q = torch.randn(1, 1, 1, 24).expand(2, 3, 40, 24)
     mask = torch.randn(1, 1, 40, 1).expand(2, 3, 40, 40)
-    got = native.cpu.attention.forward(q, q, q, mask, True, 0.2)
-    want = native.cpu.attention.forward(*[q.contiguous()] * 3, mask.contiguous(), True, 0.2)
+    got = native.cpu.attention.forward(q, q, q, mask, True, 0.2, *PLAIN)
+    want = native.cpu.attention.forward(*[q.contiguous()] * 3, mask.contiguous(), True, 0.2, *PLAIN)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -241,22 +242,22 @@ def test_what_a_mask_hides_stays_hidden(isa, dtype):
     mask = torch.rand(2, 3, 40, 40) > 0.3
     mask[..., 7] = False
     mask[1, 2, 5] = False
-    clean = native.cpu.attention.forward(q, k, v, mask, False, 0.2)
+    clean = native.cpu.attention.forward(q, k, v, mask, False, 0.2, *PLAIN)
     k[:, :, 7] = math.nan
     v[:, :, 7] = math.inf
-    out, lse = native.cpu.attention.forward(q, k, v, mask, False, 0.2)
+    out, lse = native.cpu.attention.forward(q, k, v, mask, False, 0.2, *PLAIN)
     assert torch.equal(lse, clean[1])
     torch.testing.assert_close(out, clean[0], rtol=0.02, atol=0.02)
     assert (out[1, 5, 2] == 0).all()
     assert lse[1, 2, 5] == -math.inf
-    causal, _ = native.cpu.attention.forward(q, k, v, None, True, 0.2)
+    causal, _ = native.cpu.attention.forward(q, k, v, None, True, 0.2, *PLAIN)
     assert torch.equal(causal.isnan().any(-1)[0, :, 0], torch.arange(40) >= 7)
 
 
 def test_values_of_one_show_leaked_padding(isa):
     for n in (*range(1, 50), 197):
         q, k = torch.ones(1, 2, n, 59), -1.0 - 0.1 * torch.rand(1, 2, n, 59)
-        out, _ = native.cpu.attention.forward(q, k, torch.ones(1, 2, n, 59), None, False, 20 / 59)
+        out, _ = native.cpu.attention.forward(q, k, torch.ones(1, 2, n, 59), None, False, 20 / 59, *PLAIN)
         assert (out - 1).abs().max() < 1e-5, n
 
 
@@ -281,7 +282,7 @@ def test_no_rows_are_fine(isa, op, dtype):
 
 def test_no_keys_give_zeros(isa):
     q, none = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 0, 8)
-    out, lse = native.cpu.attention.forward(q, none, none, None, False, 1.0)
+    out, lse = native.cpu.attention.forward(q, none, none, None, False, 1.0, *PLAIN)
     assert out.shape == (1, 5, 2, 8)
     assert (out == 0).all()
     assert (lse == -math.inf).all()
