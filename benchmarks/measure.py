@@ -162,15 +162,16 @@ class Turns:
         return chosen()
 
 
-def sparsely(sample: Callable[[], object], share: float = 0.25) -> Callable[[], None]:
-    """The same measurement, left out whenever it has taken more than this share of the time since its first."""
-    start, spent = time.perf_counter(), 0.0
+def sparsely(sample: Callable[[], object], share: float = 0.25, least: int = 5) -> Callable[[], None]:
+    """The same measurement, but for its first few times left out when it has taken more than this share of the time."""
+    start, spent, taken = time.perf_counter(), 0.0, 0
 
     def maybe() -> None:
-        nonlocal spent
+        nonlocal spent, taken
         before = time.perf_counter()
-        if spent <= share * (before - start):
+        if taken < least or spent <= share * (before - start):
             sample()
+            taken += 1
             spent += time.perf_counter() - before
 
     return maybe
