@@ -68,6 +68,17 @@ def aligned(x: torch.Tensor, *lengths: int) -> bool:
     return all(length * x.element_size() % 16 == 0 for length in lengths)
 
 
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """The rows of x (M, D), copied if only a stride or an offset keeps them from being read 16 bytes at a time.
+
+    A row of 16-bit numbers read one by one costs more than the copy, and results do not depend on where a tensor lies.
+    """
+    apart = x.stride(0) >= x.shape[1] and aligned(x, x.stride(0)) and x.data_ptr() % 16 == 0
+    if apart or x.element_size() != 2 or not aligned(x, x.shape[1]):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be the one that holds the tensors."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
@@ -75,8 +86,11 @@ def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
 
 @triton.jit
 def _normal_cdf(x):
-    """The normal distribution's Φ(x) and exp(-x²/2), fp32. 1 + erf would cancel in the left tail; Φ(-t) exp(t²/2) is
-    smooth, and a polynomial in 1 / (1 + 0.37 t), fitted to the least relative error (2e-7), gives it for every t >= 0."""
+    """The normal distribution's Φ(x) and exp(-x²/2), fp32. 1 + erf would cancel in the left tail.
+
+    Φ(-t) exp(t²/2) is smooth: a polynomial in 1 / (1 + 0.37 t), fitted to the least relative error (2e-7), gives it for
+    every t >= 0.
+    """
     bell = tl.exp(-0.5 * x * x)
     q = 1.0 / (1.0 + 0.37 * tl.abs(x))
     tail = 0.13513301312923431 + q * -0.031327106058597565
@@ -134,13 +148,38 @@ def _refined_statistics(mean, centred_sum, squares, D, eps):
 
 
 @triton.jit
+def _power_of(scale):
+    """A power of two about as large as the root of an fp32 scale, so that it and its quotient share the exponent, and
+    neither needs more range than fp16 has; 1 where the scale is 0."""
+    exponent = ((scale.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+    power = (((exponent >> 1) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(scale == 0.0, 1.0, power)
+
+
+@triton.jit
+def _normalise(x, mean, rstd, weight_ptr, bias_ptr, column, column_inside):
+    """LayerNorm of a tile x [rows, columns], whose statistics are [rows, 1]."""
+    h = (x.to(tl.float32) - mean) * rstd
+    if weight_ptr is not None:
+        h *= tl.load(weight_ptr + column, mask=column_inside, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        h += tl.load(bias_ptr + column, mask=column_inside, other=0.0).to(tl.float32)[None, :]
+    return h.to(x.dtype)
+
+
+@triton.jit
 def _grouped_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Tile of this program, numbered so that neighbours share GROUP_M row tiles and reuse each other's cache lines."""
-    program = tl.program_id(0)
+    """Tile of this program."""
+    return _numbered_tile(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+
+
+@triton.jit
+def _numbered_tile(number, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column of a tile; neighbours in number share GROUP_M row tiles and reuse each other's cache lines."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    group = program // (GROUP_M * tiles_n)
+    group = number // (GROUP_M * tiles_n)
     first_m = group * GROUP_M
     rows_in_group = min(tiles_m - first_m, GROUP_M)
-    within = program % (GROUP_M * tiles_n)
+    within = number % (GROUP_M * tiles_n)
     return first_m + within % rows_in_group, within // rows_in_group

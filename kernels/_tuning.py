@@ -12,6 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from . import _tuning_matmul
+from ._tuning_matmul import (
+    EPILOGUE,
+    EPILOGUE_PROGRAMS,
+    LIBRARY,
+    WEIGHT_SUM as WEIGHT_SUM,
+    Epilogue,
+    MatMul,
+    MatMulWeight,
+)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -160,20 +171,23 @@ ROW_PIECE = 4096
 # way per tensor, 16 warps of them 48 KB a multiprocessor; 4.3 TB/s at 600 ns of latency want 20. fp32 has half the
 # values in as many bytes, and one row.
 ROW_WARP_BYTES = 4096
-# Below this many rows most schedulers would have nothing to do: a row gets a program, and a thread 8 of its values.
+# Below this many rows most schedulers would have nothing to do: a row gets a program, and a thread 8 of its values. So
+# it is with rows that are not read 16 bytes at a time: 64 values a thread with an address each spill.
 FEW_NORM_ROWS = 2048
 
-# LayerNorm's backward holds rows up to this width whole: 16 values a thread of up to four tensors and three sums of
-# parameters are 168 registers, three programs of 4 warps a multiprocessor.
+# LayerNorm's backward holds rows up to this width whole, 16 values a thread of each tensor.
 NORM_BACKWARD_ELEMENTS = 4096
-# 20 KB on their way again: two tensors of 3 KB (768 columns, two rows) in four programs are 24 KB per stage in 16 bits.
+# 20 KB on their way again: two tensors of 3 KB (768 columns, two rows) in four programs are 24 KB a stage in 16 bits.
 NORM_BACKWARD_STAGES = {2: 3, 4: 2}
-# Warps of a multiprocessor that run at once, by whether x, LayerScale and their sums take registers too: up to 128
-# registers a thread, or 168. More programs than run at once would cost a second round, fewer hide less.
-NORM_BACKWARD_WARPS = {False: 16, True: 12}
+# Columns of a warp, by whether x, LayerScale and its sum need registers too. Half as many warps a row are 1380
+# instructions for 2048 columns instead of 1570, and with LayerScale they would spill.
+NORM_BACKWARD_COLUMNS = {False: 512, True: 256}
+# Warps of a multiprocessor that run at once, by the bytes of an element: 128 or 168 registers a thread. More programs
+# than run at once would cost a second round.
+NORM_BACKWARD_WARPS = {2: 16, 4: 12}
 NORM_BACKWARD_PIECE = Piece(4096, num_warps=8)
-# 16 values a thread; bands of 128 columns are read in lines of 256 bytes in 16 bits.
-NORM_BACKWARD_BAND = Band(16, 128, num_warps=4)
+# 8 values a thread, or an odd width spills; bands of 128 columns are read in lines of 256 bytes in 16 bits.
+NORM_BACKWARD_BAND = Band(16, 128, num_warps=8)
 # A multiprocessor has up to four programs, so 528 lines of partial sums on an H200: two steps, every load of a step on
 # its way at once; 16 columns give 48 programs to each parameter of 768. A small batch has few lines.
 PARTIAL_ROWS = PartialRows(512, 16, num_warps=8)
@@ -194,36 +208,6 @@ _MULTIPLY_ADD = Product(64, 64, 16, num_warps=4, num_stages=2)
 # 64 KiB of local memory: one buffer of 32 KiB, while the next tile travels in registers.
 _AMD = Product(128, 128, 64, num_warps=8, num_stages=2)
 _AMD_UNALIGNED = Product(64, 128, 32, num_warps=8, num_stages=2)
-
-# By chip, bytes of an element, and whether rows are read 16 bytes at a time.
-PRODUCT = {
-    ("sm_80", 2, True): _MATRIX_UNIT,
-    ("sm_80", 2, False): _MATRIX_UNIT_UNALIGNED,
-    ("sm_80", 4, True): _MULTIPLY_ADD,
-    ("sm_80", 4, False): _MULTIPLY_ADD,
-    ("sm_90", 2, True): _MATRIX_UNIT,
-    ("sm_90", 2, False): _MATRIX_UNIT_UNALIGNED,
-    ("sm_90", 4, True): _MULTIPLY_ADD,
-    ("sm_90", 4, False): _MULTIPLY_ADD,
-    ("hip", 2, True): _AMD,
-    ("hip", 2, False): _AMD_UNALIGNED,
-    ("hip", 4, True): _MULTIPLY_ADD,
-    ("hip", 4, False): _MULTIPLY_ADD,
-}
-
-# A result of few rows (a class token, a classifier head) would leave half of a 128-row tile empty.
-FEW_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Partials:
-    """The sum over partial results: BLOCK of its elements a program."""
-
-    BLOCK: int
-    num_warps: int
-
-
-PARTIALS = Partials(1024, num_warps=4)
 
 # Patch embedding, by chip, bytes of a number, and whether image and weight are read 16 bytes at a time: tiles from
 # large to small. The first that occupies the whole chip is taken, the last if none does.
@@ -264,25 +248,76 @@ class TokenSum:
 # 32 elements a thread are four loads of 16 bytes in 16 bits; 768 columns make three programs a token.
 TOKEN_SUM = TokenSum(16, 256, num_warps=4)
 
-# Attention, by chip, bytes of an element and padded head width: most keys of one pass (0: always in tiles), then
-# queries and keys of a tile beyond it. A query's scores, their exponentials and its sums share a thread's registers, so
-# a wide head leaves fewer keys. 256 hold ViT's 197: with 128 queries over 8 warps they fit sm_90, not sm_80.
+# Attention, by chip, bytes of an element and padded head width, where a score needs nothing but its product. First, all
+# keys in one pass: how many at most, queries, warps, stages; then tiles beyond: queries, keys, warps, stages. Scores,
+# weights and sums of a query share a thread's registers: 208 keys (ViT's 197 and 201) take 189 of them on sm_90 and fit
+# sm_100, 272 (257) spill. Four warps are one warp group with 64 queries; two or three such programs share a core.
+_SCORES_80 = {64: ((128, 64, 4, 2), (128, 64, 8, 3)), 128: ((64, 64, 4, 2), (64, 32, 4, 2)), 256: (None, (32, 32, 4, 2))}
+_SCORES_90 = {
+    64: ((208, 64, 4, 2), (128, 64, 8, 3)),
+    128: ((128, 64, 4, 2), (128, 64, 8, 3)),
+    # With 128 queries it overflows Blackwell's tensor memory, and Triton then compiles the kernel to a trap.
+    256: ((128, 128, 8, 2), (64, 32, 4, 2)),
+}
+_SCORES_AMD = {64: ((64, 64, 4, 2), (64, 64, 4, 2)), 128: (None, (64, 32, 4, 2)), 256: (None, (32, 32, 4, 2))}
+# Plain multiply-adds keep whole rows of q and k in registers.
+_SCORES_FP32 = {64: ((32, 32, 4, 1), (32, 32, 4, 2)), 128: (None, (16, 32, 4, 2)), 256: (None, (16, 16, 4, 2))}
 SCORES = {
-    ("sm_80", 2): {16: (128, 64, 64), 32: (128, 64, 64), 64: (128, 64, 64), 128: (0, 64, 32), 256: (0, 32, 32)},
-    # Width 256 with 64 queries overflows Blackwell's tensor memory, and Triton then compiles the kernel to a trap.
-    ("sm_90", 2): {16: (256, 64, 64), 32: (256, 64, 64), 64: (256, 64, 64), 128: (64, 64, 64), 256: (0, 32, 32)},
-    ("hip", 2): {16: (128, 64, 64), 32: (128, 64, 64), 64: (64, 64, 64), 128: (0, 64, 32), 256: (0, 32, 32)},
-    # Plain multiply-adds keep whole rows of q and k in registers.
-    ("sm_80", 4): {16: (32, 32, 32), 32: (32, 32, 32), 64: (32, 32, 32), 128: (0, 16, 32), 256: (0, 16, 16)},
-    ("sm_90", 4): {16: (32, 32, 32), 32: (32, 32, 32), 64: (32, 32, 32), 128: (0, 16, 32), 256: (0, 16, 16)},
-    ("hip", 4): {16: (32, 32, 32), 32: (32, 32, 32), 64: (32, 32, 32), 128: (0, 16, 32), 256: (0, 16, 16)},
+    ("sm_80", 2): _SCORES_80,
+    ("sm_90", 2): _SCORES_90,
+    ("hip", 2): _SCORES_AMD,
+    **dict.fromkeys((("sm_80", 4), ("sm_90", 4), ("hip", 4)), _SCORES_FP32),
 }
+# The norm of queries and keys keeps their one pass where it fits: it costs its own registers only before the scores.
+NORMED_SCORES = {("sm_90", 2): {64: (208, 64, 4, 1)}}
 # Queries, keys and warps of a tile, by bytes of an element and padded head width, when each score also needs an address
-# in the mask or each element of k and v one of its own; nothing is fetched ahead, for want of registers.
+# in the mask or a random number, or each element of k and v an address of its own; nothing is fetched ahead.
 COSTLY_SCORES = {
-    2: {16: (64, 32, 8), 32: (64, 32, 8), 64: (64, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
-    4: {16: (32, 16, 4), 32: (32, 16, 4), 64: (32, 16, 4), 128: (16, 32, 8), 256: (16, 16, 4)},
+    2: {64: (64, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
+    4: {64: (32, 16, 4), 128: (16, 32, 8), 256: (16, 16, 4)},
 }
+
+# Attention's backward: choices for one pass, the smallest first: pieces of the keys, queries, warps, stages; then for a
+# block of keys: keys, queries, warps, stages; and for a block of queries: queries, keys, warps, stages. The sums for
+# dK and dV of 256 keys fill half of the registers of 8 warps. Pieces of 128 keys are 64 for each warp group; a smaller
+# one would split its columns between the groups, and its weights would travel through shared memory.
+_GRADIENTS_80 = {
+    64: ([((64,), 32, 4, 2), ((128,), 32, 8, 2)], (128, 64, 8, 2), (64, 64, 4, 2)),
+    128: ([((64,), 16, 4, 1)], (128, 32, 8, 2), (32, 32, 8, 1)),
+    256: ([], (32, 32, 8, 1), (32, 16, 8, 1)),
+}
+_GRADIENTS_90 = {
+    64: ([((64,), 32, 4, 2), ((128,), 64, 8, 2), ((128, 128), 32, 8, 2)], (128, 64, 8, 2), (64, 64, 4, 2)),
+    128: ([((64,), 32, 8, 1), ((128,), 32, 8, 1)], (128, 32, 8, 2), (64, 64, 4, 2)),
+    256: ([], (32, 32, 8, 1), (64, 64, 8, 2)),
+}
+_GRADIENTS_AMD = {
+    64: ([((64,), 32, 4, 2), ((128,), 32, 8, 1)], (64, 32, 8, 1), (64, 32, 8, 1)),
+    128: ([], (32, 32, 8, 1), (32, 32, 8, 1)),
+    256: ([], (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+_GRADIENTS_FP32 = {
+    64: ([((32,), 32, 4, 1)], (32, 32, 4, 1), (32, 32, 4, 1)),
+    128: ([], (16, 32, 8, 1), (16, 32, 8, 1)),
+    256: ([], (16, 16, 8, 1), (16, 16, 8, 1)),
+}
+GRADIENTS = {
+    ("sm_80", 2): _GRADIENTS_80,
+    ("sm_90", 2): _GRADIENTS_90,
+    ("hip", 2): _GRADIENTS_AMD,
+    **dict.fromkeys((("sm_80", 4), ("sm_90", 4), ("hip", 4)), _GRADIENTS_FP32),
+}
+# As COSTLY_SCORES; both kernels, and one pass where the keys fit one tile.
+COSTLY_GRADIENTS = {
+    2: {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 4)},
+    4: {64: (32, 16, 4), 128: (16, 16, 4), 256: (16, 16, 8)},
+}
+# Fewer heads than that for each core: a program takes one tile of queries instead of all of a head.
+FEW_HEADS = 2
+# Heads of one tile of queries that a program takes one after the other, fetching the next while it computes, when there
+# are many programs for each core anyway.
+HEADS = 4
+MANY_HEADS = 16
 MAX_HEAD_DIM = 256
 
 # norm_mlp in one kernel, by chip: rows of up to so many columns take BLOCK_M, BLOCK_F, warps and stages. Two stages
@@ -318,9 +353,9 @@ def _power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def rows(width: int, itemsize: int = 4, row_count: int | None = None) -> Rows:
+def rows(width: int, itemsize: int = 4, row_count: int | None = None, aligned: bool = True) -> Rows:
     block_d = max(_power_of_two(width), 16) if width <= ROW_ELEMENTS else ROW_PIECE
-    if row_count is not None and row_count <= FEW_NORM_ROWS:
+    if not aligned or (row_count is not None and row_count <= FEW_NORM_ROWS):
         block_m = max(1, 256 // block_d)
         return Rows(block_m, block_d, width <= block_d, num_warps=min(8, block_m * block_d // 256))
     warps = max(1, block_d // 1024)
@@ -331,30 +366,38 @@ def rows(width: int, itemsize: int = 4, row_count: int | None = None) -> Rows:
 def norm_backward(itemsize: int, width: int, scaled: bool) -> tuple[NormBackward, int]:
     """Tile of LayerNorm's backward, and how many programs each multiprocessor runs."""
     block_d = max(_power_of_two(width), 16)
-    warps = max(4, block_d // 512)
-    block_m, sums, stages = max(1, 2048 // block_d), max(1, 1024 // block_d), NORM_BACKWARD_STAGES[itemsize]
-    return NormBackward(block_m, block_d, sums, stages, num_warps=warps), NORM_BACKWARD_WARPS[scaled] // warps
+    warps = max(4, block_d // NORM_BACKWARD_COLUMNS[scaled])
+    # A warp's loads of 16 bytes reach over 256 columns in 16 bits.
+    sums = max(1, warps * 256 // block_d)
+    tile = NormBackward(warps * 512 // block_d, block_d, sums, NORM_BACKWARD_STAGES[itemsize], num_warps=warps)
+    return tile, max(1, NORM_BACKWARD_WARPS[itemsize] // warps)
 
 
 def partial_rows(line_count: int) -> PartialRows:
     return FEW_PARTIAL_ROWS if line_count <= FEW_PARTIAL_ROWS.BLOCK_P else PARTIAL_ROWS
 
 
-def product(chip: str, itemsize: int, row_count: int, aligned: bool) -> Product:
-    tile = PRODUCT[chip, itemsize, aligned]
-    if row_count > FEW_ROWS or tile.BLOCK_M <= FEW_ROWS:
-        return tile
-    return Product(FEW_ROWS, tile.BLOCK_N, tile.BLOCK_K, num_warps=4, num_stages=tile.num_stages)
+def matmul(chip: str, itemsize: int, row_count: int, width: int, depth: int, aligned: bool) -> tuple[MatMul, int]:
+    """Tile of a product (row_count, width), and into how many parts its sum over depth is split."""
+    return _tuning_matmul.quickest(False, chip, itemsize, aligned, CORES[chip], row_count, width, depth)
 
 
-def weight_product(
+def matmul_weight(
     chip: str, itemsize: int, row_count: int, width: int, depth: int, aligned: bool
-) -> tuple[Product, int]:
-    """Tile of a weight's gradient (width, depth), and into how many parts its sum over rows is split."""
-    tile = PRODUCT[chip, itemsize, aligned]
-    tiles = -(-width // tile.BLOCK_N) * -(-depth // tile.BLOCK_K)
-    splits = max(1, min(132 // max(tiles, 1), row_count // 1024))
-    return Product(32, tile.BLOCK_N, min(tile.BLOCK_M, 64), tile.num_warps, tile.num_stages), splits
+) -> tuple[MatMulWeight, int]:
+    """Tile of a weight's gradient (width, depth), and into how many parts its sum over the rows is split."""
+    return _tuning_matmul.quickest(True, chip, itemsize, aligned, CORES[chip], width, depth, row_count)
+
+
+def product_gradient(width: int, processors: int) -> tuple[Epilogue, int]:
+    """Tile of linear's element-wise backward, and how many programs share the rows."""
+    return EPILOGUE, max(1, EPILOGUE_PROGRAMS * processors // -(-width // EPILOGUE.BLOCK_N))
+
+
+def library(kind: str, chip: str, itemsize: int, row_count: int, width: int, depth: int) -> bool:
+    """Whether torch's library makes a product ("forward", "input" or "weight" gradient) faster than ours."""
+    fewest = LIBRARY.get((kind, chip, itemsize))
+    return fewest is not None and row_count * width * depth >= fewest
 
 
 def widths(head_dim: int) -> tuple[int, ...]:
@@ -378,52 +421,68 @@ def pieces(keys: int) -> tuple[int, ...]:
     return (whole,) if sum(sizes) == whole else tuple(sizes)
 
 
+def _full(left: tuple[int, ...], keys: int, ragged: bool) -> int:
+    """How many of the pieces hold nothing but keys, in every sequence."""
+    return 0 if ragged else sum(sum(left[: i + 1]) <= keys for i in range(len(left)))
+
+
 def _tail(keys: int, block_n: int, ragged: bool) -> tuple[tuple[int, ...], int]:
     """The pieces of the keys that full tiles leave over, and how many of them are full."""
     left = (block_n,) if ragged else pieces(keys % block_n)
-    return left, 0 if ragged else max(len(left) - 1, 0)
+    return left, _full(left, keys % block_n, ragged)
 
 
 def scores(chip: str, itemsize: int, head_dim: int, call: Any) -> Scores:
-    width = max(_power_of_two(head_dim), 16)
-    most_keys, block_m, block_n = SCORES[chip, itemsize][width]
-    warps, stages = 4, 2
-    if not call.lean:
+    width = max(_power_of_two(head_dim), 64)
+    one, tiled = SCORES[chip, itemsize][width]
+    if call.kind != "lean":
         block_m, block_n, warps = COSTLY_SCORES[itemsize][width]
-        most_keys, stages = min(most_keys, block_n), 1
-    one_pass = call.keys <= most_keys
-    if one_pass:
-        left = pieces(call.keys) or (16,)
-        full = 0 if call.ragged else len(left) - 1
-    else:
+        one, tiled = (block_n, block_m, warps, 1), (block_m, block_n, warps, 1)
+    if call.kind == "norm":
+        one = NORMED_SCORES.get((chip, itemsize), {}).get(width, one)
+    if one is None or call.keys > one[0]:
+        block_m, block_n, warps, stages = tiled
+        if block_m == 128 and (call.rows - 1) % 128 < 64:  # the second half of the last tile would be empty
+            block_m, warps = 64, warps // 2
         left, full = _tail(call.keys, block_n, call.ragged)
-    tiles = 1
-    if one_pass:
-        tiles = -(-call.rows // block_m)
-    return Scores(block_m, tiles, 1, (block_n,), left, full, widths(head_dim), one_pass, warps, stages)
+        return Scores(block_m, 1, 1, (block_n,), left, full, widths(head_dim), False, warps, stages)
+    _, block_m, warps, stages = one
+    left = pieces(call.keys) or (16,)
+    tiles = -(-call.rows // block_m)
+    if call.heads < FEW_HEADS * CORES[chip]:
+        tiles = 1  # K and V are read once for each, and more cores take part
+    heads = 1
+    if call.kind == "lean" and call.rows <= block_m and call.heads % HEADS == 0 and call.heads >= MANY_HEADS * CORES[chip]:
+        heads = HEADS
+    return Scores(
+        *(block_m, tiles, heads, (tiled[1],), left, _full(left, call.keys, call.ragged), widths(head_dim), True),
+        *(warps, stages),
+    )
 
 
 def score_gradients(chip: str, itemsize: int, head_dim: int, call: Any) -> ScoreGradients:
-    most_keys, block_m, block_n, warps, stages = 256, 32, 64, 8, 1
-    if itemsize == 4 or not call.lean:
-        most_keys, block_m, block_n, warps, stages = 32, 32, 32, 4, 1
-    left = pieces(call.keys)
-    if call.keys <= most_keys:
-        return ScoreGradients(block_m, left, 0 if call.ragged else len(left) - 1, widths(head_dim), True, warps, stages)
+    width = max(_power_of_two(head_dim), 64)
+    one, beyond, _ = GRADIENTS[chip, itemsize][width]
+    if call.kind != "lean":
+        block_m, block_n, warps = COSTLY_GRADIENTS[itemsize][width]
+        one, beyond = [((block_n,), block_m, warps, 1)], (block_n, block_m, warps, 1)
+    for left, block_m, warps, stages in one:
+        if call.keys <= sum(left):
+            full = _full(left, call.keys, call.ragged)
+            return ScoreGradients(block_m, left, full, widths(head_dim), True, warps, stages)
+    block_n, block_m, warps, stages = beyond
     return ScoreGradients(block_m, (block_n,), 0, widths(head_dim), False, warps, stages)
 
 
 def score_gradients_of_queries(chip: str, itemsize: int, head_dim: int, call: Any) -> QueryGradients:
-    block_m, block_n, warps, stages = 64, 64, 4, 2
-    if itemsize == 4 or not call.lean:
-        block_m, block_n, warps, stages = 32, 32, 4, 1
+    width = max(_power_of_two(head_dim), 64)
+    block_m, block_n, warps, stages = GRADIENTS[chip, itemsize][width][2]
+    if call.kind != "lean":
+        block_m, block_n, warps = COSTLY_GRADIENTS[itemsize][width]
+        stages = 1
     left, full = _tail(call.keys, block_n, call.ragged)
     return QueryGradients(block_m, (block_n,), left, full, widths(head_dim), warps, stages)
 
-def patches(chip: str, itemsize: int, row_count: int, width: int, aligned: bool, of_bytes: bool = False) -> Product:
-    tiles = PATCHES[chip, itemsize, aligned]
-    tile = next((t for t in tiles if _tiles(t, row_count, width) >= CORES[chip]), tiles[-1])
-    return replace(tile, BLOCK_K=min(tile.BLOCK_K, BYTE_DEPTH)) if of_bytes else tile
 
 
 def patches_weight(

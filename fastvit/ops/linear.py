@@ -117,12 +117,14 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     launch = contract.backward_launcher("linear", backend, reference_backward)
-    return launch(contract.rows(dy), x, weight, bias, layer_scale, preact, activation, sample_scale)
+    tensors = contract.rows(dy), x, weight, bias, layer_scale, preact
+    dx, dweight, dbias, dscale = launch(*tensors, activation, sample_scale)
+    return dx, dweight, contract.absent(dy) if bias is None else dbias, dscale
 
 
 def _backward_fake(dy, x, weight, bias, layer_scale, preact, activation, sample_scale, backend):
-    dscale = contract.absent(dy) if layer_scale is None else torch.empty_like(layer_scale)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]), dscale
+    dbias, dscale = (contract.absent(dy) if t is None else torch.empty_like(t) for t in (bias, layer_scale))
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dscale
 
 
 def _setup_context(ctx, inputs, output):
