@@ -484,6 +484,11 @@ def score_gradients_of_queries(chip: str, itemsize: int, head_dim: int, call: An
     return QueryGradients(block_m, (block_n,), left, full, widths(head_dim), warps, stages)
 
 
+def patches(chip: str, itemsize: int, row_count: int, width: int, aligned: bool, of_bytes: bool = False) -> Product:
+    tiles = PATCHES[chip, itemsize, aligned]
+    tile = next((t for t in tiles if _tiles(t, row_count, width) >= CORES[chip]), tiles[-1])
+    return replace(tile, BLOCK_K=min(tile.BLOCK_K, BYTE_DEPTH)) if of_bytes else tile
+
 
 def patches_weight(
     chip: str, itemsize: int, row_count: int, width: int, depth: int, aligned: bool
