@@ -196,16 +196,21 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 PAIRS = [(dtype, chip) for dtype in DTYPES for chip in CHIPS]
-# fp16 compiles as bf16 does: one chip says enough.
-USUAL_PAIRS = [(dtype, chip) for dtype, chip in PAIRS if dtype != "fp16" or chip == "sm_90"]
+# fp16 compiles as bf16 does, and fp32, off the matrix unit, much alike on NVIDIA's chips: one chip in turn says enough.
+ALWAYS = [*(("bf16", chip) for chip in CHIPS), ("fp16", "sm_90"), ("fp32", "sm_90")]
+IN_TURN = [("fp32", chip) for chip in CHIPS if chip != "sm_90"]
 
 
 def plan(cases: Sequence[Launch], full: bool) -> Iterator[tuple[Launch, str, str]]:
-    """What is compiled: everything, or of the cases that are there for a path alone two dtypes and chips in turn."""
+    """What is compiled: everything, or what says most of each case, least of those there for a path alone."""
     for number, case in enumerate(cases):
-        pairs = PAIRS if full else USUAL_PAIRS
-        if case.flops is None and not full:
-            pairs = list(dict.fromkeys([("bf16", "sm_90"), USUAL_PAIRS[number % len(USUAL_PAIRS)]]))
+        if full:
+            pairs = PAIRS
+        elif case.flops is not None:
+            pairs = [*ALWAYS, IN_TURN[number % len(IN_TURN)]]
+        else:
+            usual = [*ALWAYS, *IN_TURN]
+            pairs = list(dict.fromkeys([("bf16", "sm_90"), usual[number % len(usual)]]))
         yield from ((case, dtype, chip) for dtype, chip in pairs)
 
 
