@@ -252,9 +252,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="compile cases whose 'op entry case dtype chip' contains this")
     options = parser.parse_args()
     rows = compile_all(list(launches()), options.full, options.only)
+    print(json.dumps([asdict(row) for row in rows]) if options.json else table(rows))
     if not options.only:
         check_coverage(rows)
-    print(json.dumps([asdict(row) for row in rows]) if options.json else table(rows))
     if any(row.error for row in rows):
         raise SystemExit(1)
 

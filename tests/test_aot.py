@@ -27,7 +27,7 @@ def rows(request):
     run = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=7200 if full else 1800
     )
-    assert run.stdout, run.stderr
+    assert run.stdout and "no case launches" not in run.stderr, run.stderr
     return json.loads(run.stdout)
 
 
