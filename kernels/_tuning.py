@@ -9,7 +9,7 @@ smaller tiles.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from . import _tuning_matmul
@@ -70,17 +70,6 @@ class PartialRows:
     BLOCK_P: int
     BLOCK_D: int
     num_warps: int
-
-
-@dataclass(frozen=True)
-class Product:
-    """Matrix products: a tile [BLOCK_M, BLOCK_N] of the result, BLOCK_K of the summed axis at a time."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -198,55 +187,6 @@ CORES = {"sm_80": 108, "sm_90": 132, "hip": 304}
 
 # Row tiles that share a band of the weight are launched next to one another, so that the band stays in the L2 cache.
 GROUP_M = 8
-
-# Three stages of 128 x 64 twice are 96 KiB; 8 warps hold 64 fp32 sums a thread, 4 would leave the epilogue too little.
-_MATRIX_UNIT = Product(128, 128, 64, num_warps=8, num_stages=3)
-# Rows that are not read 16 bytes at a time cost an address and a mask for each element.
-_MATRIX_UNIT_UNALIGNED = Product(64, 128, 32, num_warps=8, num_stages=3)
-# 32 sums a thread. With 8 warps ptxas aims at 80 registers, for a third block on the chip, and spills two of them.
-_MULTIPLY_ADD = Product(64, 64, 16, num_warps=4, num_stages=2)
-# 64 KiB of local memory: one buffer of 32 KiB, while the next tile travels in registers.
-_AMD = Product(128, 128, 64, num_warps=8, num_stages=2)
-_AMD_UNALIGNED = Product(64, 128, 32, num_warps=8, num_stages=2)
-
-# Patch embedding, by chip, bytes of a number, and whether image and weight are read 16 bytes at a time: tiles from
-# large to small. The first that occupies the whole chip is taken, the last if none does.
-# Hopper reads both sides of a product from shared memory, which keeps up with 128 x 256 and not with 128 x 128.
-_PATCHES_WIDE = Product(128, 256, 64, num_warps=8, num_stages=3)
-_PATCHES_UNALIGNED = Product(128, 128, 32, num_warps=8, num_stages=3)
-_PATCHES_SMALL = Product(64, 64, 64, num_warps=4, num_stages=3)
-_PATCHES_FEW = Product(64, 32, 64, num_warps=4, num_stages=4)
-_PATCHES_SMALL_UNALIGNED = Product(64, 64, 32, num_warps=4, num_stages=3)
-# With 64 x 64 over 4 warps ptxas aims at 96 registers, for a fifth block on the chip, and spills two of them.
-_PATCHES_FP32 = Product(128, 64, 16, num_warps=8, num_stages=2)
-_PATCHES_SMALL_FP32 = Product(32, 32, 16, num_warps=4, num_stages=2)
-PATCHES = {
-    ("sm_80", 2, True): (_MATRIX_UNIT, _PATCHES_SMALL),
-    ("sm_80", 2, False): (_PATCHES_UNALIGNED, _PATCHES_SMALL_UNALIGNED),
-    ("sm_90", 2, True): (_PATCHES_WIDE, _MATRIX_UNIT, _PATCHES_SMALL, _PATCHES_FEW),
-    ("sm_90", 2, False): (_PATCHES_UNALIGNED, _PATCHES_SMALL_UNALIGNED),
-    ("hip", 2, True): (_AMD, Product(64, 64, 64, num_warps=4, num_stages=2)),
-    ("hip", 2, False): (_AMD_UNALIGNED, Product(64, 64, 32, num_warps=4, num_stages=2)),
-    **dict.fromkeys(((chip, 4, True) for chip in CORES), (_PATCHES_FP32, _PATCHES_SMALL_FP32)),
-    **dict.fromkeys(((chip, 4, False) for chip in CORES), (_PATCHES_FP32, _PATCHES_SMALL_FP32)),
-}
-# A byte becomes 16 bits in registers, and those of 64 at once spill beside the sums of the widest tile.
-BYTE_DEPTH = 32
-# A part of the weight's gradient sums at least this many patches: fewer would not pay for writing and reading it.
-SPLIT_PATCHES = 256
-
-
-@dataclass(frozen=True)
-class TokenSum:
-    """The sum over the images of a batch: BLOCK_M images of a token at once, so that enough loads are under way."""
-
-    BLOCK_M: int
-    BLOCK_D: int
-    num_warps: int
-
-
-# 32 elements a thread are four loads of 16 bytes in 16 bits; 768 columns make three programs a token.
-TOKEN_SUM = TokenSum(16, 256, num_warps=4)
 
 # Attention, by chip, bytes of an element and padded head width, where a score needs nothing but its product. First, all
 # keys in one pass: how many at most, queries, warps, stages; then tiles beyond: queries, keys, warps, stages. Scores,
@@ -482,26 +422,6 @@ def score_gradients_of_queries(chip: str, itemsize: int, head_dim: int, call: An
         stages = 1
     left, full = _tail(call.keys, block_n, call.ragged)
     return QueryGradients(block_m, (block_n,), left, full, widths(head_dim), warps, stages)
-
-
-def patches(chip: str, itemsize: int, row_count: int, width: int, aligned: bool, of_bytes: bool = False) -> Product:
-    tiles = PATCHES[chip, itemsize, aligned]
-    tile = next((t for t in tiles if _tiles(t, row_count, width) >= CORES[chip]), tiles[-1])
-    return replace(tile, BLOCK_K=min(tile.BLOCK_K, BYTE_DEPTH)) if of_bytes else tile
-
-
-def patches_weight(
-    chip: str, itemsize: int, row_count: int, width: int, depth: int, aligned: bool
-) -> tuple[Product, int]:
-    """Tile of the weight's gradient (width, depth), and into how many parts its sum over the rows is split."""
-    tile = PATCHES[chip, itemsize, aligned][0]
-    # The sums of so many programs fit the registers of a core.
-    programs = CORES[chip] * max(1, _PATCHES_WIDE.BLOCK_M * _PATCHES_WIDE.BLOCK_N // (tile.BLOCK_M * tile.BLOCK_N))
-    return tile, max(1, min(programs // _tiles(tile, width, depth), row_count // SPLIT_PATCHES))
-
-
-def _tiles(tile: Product, row_count: int, width: int) -> int:
-    return -(-row_count // tile.BLOCK_M) * -(-width // tile.BLOCK_N)
 
 
 def fused_mlp(chip: str, itemsize: int, row_count: int, width: int, hidden: int) -> FusedMlp | None:

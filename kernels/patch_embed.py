@@ -11,9 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _device, _tuning
+from . import _device, _tuning_patches
 from ._device import _grouped_tile
-from ._matmul import sum_partials
 
 
 def why_not(image, weight, bias, pos_embed, prefix, pixel_scale, pixel_shift) -> str | None:
@@ -78,16 +77,16 @@ def _load_pixels(image_block, inside, channel, dtype: tl.constexpr,
 
 
 @triton.jit
-def _store_prefix(prefix_ptr, pos_embed_ptr, sequence_block, starts_sequence, column, D, PREFIX, POSITION_OFFSET,
+def _store_prefix(prefix_ptr, pos_embed_ptr, tokens_block, is_first, column, D, PREFIX, POSITION_OFFSET,
                   stride_pn, stride_tn, HAS_POS_EMBED: tl.constexpr):  # fmt: skip
-    """The prefix tokens, and positions where the table has any for them, into the sequences that start here."""
+    """The prefix tokens, with positions where the table has any for them, before the first patches of images."""
     for i in range(PREFIX):
         token = tl.load(prefix_ptr + (i * stride_pn + column), mask=column < D, other=0.0).to(tl.float32)
         if HAS_POS_EMBED:
             position_mask = (column < D) & (i < POSITION_OFFSET)
             token += tl.load(pos_embed_ptr + (i * stride_tn + column), mask=position_mask, other=0.0).to(tl.float32)
-        token = token.to(prefix_ptr.dtype.element_ty)[None, :]  # [1, BLOCK_N]
-        tl.store(sequence_block + i * D, tl.broadcast_to(token, starts_sequence.shape), mask=starts_sequence)
+        token = tl.broadcast_to(token.to(prefix_ptr.dtype.element_ty)[None, :], is_first.shape)  # [BLOCK_M, BLOCK_N]
+        tl.store(tokens_block + (i - PREFIX) * D, token, mask=is_first)
 
 
 @triton.jit
@@ -137,12 +136,12 @@ def _patch_embed_fwd_kernel(
         weight = tl.load(weight_block + start, mask=weight_mask, other=0.0)
         total = tl.dot(pixels, weight, total, input_precision="ieee")
 
-    sequence_block = tokens_ptr + ((sample * (PREFIX + PATCHES))[:, None] * D + column[None, :])  # [BLOCK_M, BLOCK_N]
-    tokens_block = sequence_block + (PREFIX + patch)[:, None] * D  # [BLOCK_M, BLOCK_N]
+    token = sample * (PREFIX + PATCHES) + PREFIX + patch  # [BLOCK_M]
+    tokens_block = (tokens_ptr + token * D)[:, None] + column[None, :]  # [BLOCK_M, BLOCK_N]
     tl.store(tokens_block, total.to(dtype), mask=row_inside & column_inside)
     if HAS_PREFIX:
-        starts_sequence = row_inside & column_inside & (patch == 0)[:, None]
-        _store_prefix(prefix_ptr, pos_embed_ptr, sequence_block, starts_sequence, column, D, PREFIX, POSITION_OFFSET,
+        is_first = row_inside & column_inside & (patch == 0)[:, None]  # [BLOCK_M, BLOCK_N]
+        _store_prefix(prefix_ptr, pos_embed_ptr, tokens_block, is_first, column, D, PREFIX, POSITION_OFFSET,
                       stride_pn, stride_tn, HAS_POS_EMBED)  # fmt: skip
 
 
@@ -208,19 +207,20 @@ def _patch_embed_bwd_image_kernel(
     if WIDE:
         sample = sample.to(tl.int64)
         patch = patch.to(tl.int64)
-    dy_block = dy_ptr + ((sample * stride_yb + patch * stride_yn)[:, None] + depth[None, :])  # [BLOCK_M, BLOCK_K]
+    dy_block = (dy_ptr + sample * stride_yb + patch * stride_yn)[:, None] + depth[None, :]  # [BLOCK_M, BLOCK_K]
+    weight_offset = depth[:, None] * K + k[None, :]  # [BLOCK_K, BLOCK_N]
 
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, D, BLOCK_K):
-        column = start + depth  # [BLOCK_K]
-        dy = tl.load(dy_block + start, mask=row_inside & (column < D)[None, :], other=0.0)
-        weight_block = weight_ptr + (column.to(tl.int64)[:, None] * K + k[None, :])  # [BLOCK_K, BLOCK_N]
-        weight = tl.load(weight_block, mask=(column < D)[:, None] & k_inside, other=0.0)
+        column_inside = start + depth < D  # [BLOCK_K]
+        dy = tl.load(dy_block + start, mask=row_inside & column_inside[None, :], other=0.0)
+        weight = tl.load(weight_ptr + weight_offset, mask=column_inside[:, None] & k_inside, other=0.0)
+        weight_ptr += BLOCK_K * K
         total = tl.dot(dy, weight, total, input_precision="ieee")
 
     if PIXEL_SCALE is not None:
         total *= _of_channel(channel, PIXEL_SCALE, C)[None, :]
-    dimage_block = dimage_ptr + (origin[:, None] + offset[None, :])  # [BLOCK_M, BLOCK_N]
+    dimage_block = (dimage_ptr + origin)[:, None] + offset[None, :]  # [BLOCK_M, BLOCK_N]
     tl.store(dimage_block, total.to(dimage_ptr.dtype.element_ty), mask=row_inside & k_inside)
 
 
@@ -229,18 +229,17 @@ def _patch_embed_bwd_sum_kernel(
     x_ptr, sum_ptr, M, D, stride_xg, stride_xm, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """sum[group] = Σ x[group, m] over the M rows of each group, in fixed order."""
-    group = tl.program_id(0)
-    column = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]  # [1, BLOCK_D]
+    bands = tl.cdiv(D, BLOCK_D)
+    group = tl.program_id(0) // bands
+    column = (tl.program_id(0) % bands * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]  # [1, BLOCK_D]
     row = tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
+    if WIDE:
+        row = row.to(tl.int64)
+    x_ptr += group.to(tl.int64) * stride_xg
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, M, BLOCK_M):
         m = start + row
-        g = group
-        if WIDE:
-            m = m.to(tl.int64)
-            g = g.to(tl.int64)
-        x_block = x_ptr + (g * stride_xg + m * stride_xm + column)  # [BLOCK_M, BLOCK_D]
-        total += tl.load(x_block, mask=(m < M) & (column < D), other=0.0).to(tl.float32)
+        total += tl.load(x_ptr + (m * stride_xm + column), mask=(m < M) & (column < D), other=0.0).to(tl.float32)
     sum_block = sum_ptr + (group.to(tl.int64) * D + column)  # [1, BLOCK_D]
     tl.store(sum_block, tl.sum(total, axis=0)[None, :].to(sum_ptr.dtype.element_ty), mask=column < D)
 
@@ -283,7 +282,7 @@ def forward(image, weight, bias, pos_embed, prefix, pixel_scale, pixel_shift):
     channels_last = _channels_last(image)
     if channels_last:
         weight = weight.permute(0, 2, 3, 1).contiguous()
-    tile = _tuning.patches(
+    tile = _tuning_patches.patches(
         _device.chip(weight), weight.element_size(), rows, dim, _aligned(image, weight), image.dtype == torch.uint8
     )
     grid = (triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(dim, tile.BLOCK_N),)
@@ -295,7 +294,7 @@ def forward(image, weight, bias, pos_embed, prefix, pixel_scale, pixel_shift):
             HAS_BIAS=bias is not None, HAS_POS_EMBED=pos_embed is not None, HAS_PREFIX=prefix is not None,
             PIXEL_SCALE=_constant(pixel_scale), PIXEL_SHIFT=_constant(pixel_shift), CHANNELS_LAST=channels_last,
             C=channels, P=patch_height, Q=patch_width, WIDE=_wide(image, tokens, pos_embed, prefix),
-            GROUP_M=_tuning.GROUP_M, **vars(tile),
+            **vars(tile),
         )  # fmt: skip
     return tokens
 
@@ -310,14 +309,14 @@ def backward(dy, image, weight, pixel_scale, pixel_shift, positions, prefix, ima
     return dimage, _grad_weight(dpatches, image, weight, pixel_scale, pixel_shift), dbias, dpos_embed, dprefix
 
 
-def _sum(x, dtype):
+def _sum(x, dtype, of_parts=False):
     """x (G, M, D) summed over M."""
     groups, rows, width = x.shape
     total = torch.empty((groups, width), dtype=dtype, device=x.device)
     if total.numel():
-        tile = _tuning.TOKEN_SUM
+        tile = _tuning_patches.patches_sum(of_parts)
         with _device.on_device_of(x):
-            _patch_embed_bwd_sum_kernel[(groups, triton.cdiv(width, tile.BLOCK_D))](
+            _patch_embed_bwd_sum_kernel[(groups * triton.cdiv(width, tile.BLOCK_D),)](
                 x, total, rows, width, *x.stride()[:2], WIDE=_wide(x), **vars(tile)
             )
     return total
@@ -331,7 +330,7 @@ def _grad_weight(dpatches, image, weight, pixel_scale, pixel_shift):
         return torch.zeros_like(weight)
     channels_last = _channels_last(image)
     # Not by the strides of dy: however it lies in memory, the sums are those of a contiguous one to the bit.
-    tile, splits = _tuning.patches_weight(
+    tile, splits = _tuning_patches.patches_weight(
         _device.chip(weight), weight.element_size(), rows, dim, depth, _aligned(image, weight)
     )
     inner = (patch_height, patch_width, channels) if channels_last else weight.shape[1:]
@@ -343,9 +342,9 @@ def _grad_weight(dpatches, image, weight, pixel_scale, pixel_shift):
             rows, dim, split_rows, *dpatches.stride()[:2], *image.stride(),
             PIXEL_SCALE=_constant(pixel_scale), PIXEL_SHIFT=_constant(pixel_shift), CHANNELS_LAST=channels_last,
             C=channels, P=patch_height, Q=patch_width, PATCHES=patches, PATCHES_WIDE=image.shape[3] // patch_width,
-            WIDE=_wide(dpatches, image), GROUP_M=_tuning.GROUP_M, **vars(tile),
+            WIDE=_wide(dpatches, image), **vars(tile),
         )  # fmt: skip
-    dweight = sum_partials(partials, weight.dtype)
+    dweight = _sum(partials.view(1, splits, -1), weight.dtype, of_parts=True).view(partials.shape[1:])
     return dweight.permute(0, 3, 1, 2).contiguous() if channels_last else dweight
 
 
@@ -356,12 +355,12 @@ def _grad_image(dpatches, image, weight, pixel_scale):
     dimage = torch.empty(tuple(image.shape), dtype=dpatches.dtype, device=image.device)
     if dimage.numel() == 0:
         return dimage
-    tile = _tuning.patches(_device.chip(weight), weight.element_size(), rows, depth, _aligned(dimage, weight))
+    tile = _tuning_patches.patches(_device.chip(weight), weight.element_size(), rows, depth, _aligned(dimage, weight))
     with _device.on_device_of(weight):
         _patch_embed_bwd_image_kernel[(triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(depth, tile.BLOCK_N),)](
             dpatches, weight, dimage,
             rows, dim, patches, image.shape[3] // patch_width, *dpatches.stride()[:2], *dimage.stride(),
             PIXEL_SCALE=_constant(pixel_scale), C=channels, P=patch_height, Q=patch_width,
-            WIDE=_wide(dpatches, dimage), GROUP_M=_tuning.GROUP_M, **vars(tile),
+            WIDE=_wide(dpatches, dimage), **vars(tile),
         )  # fmt: skip
     return dimage

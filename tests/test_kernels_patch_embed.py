@@ -10,7 +10,7 @@ from tolerances import assert_close
 
 pytest.importorskip("triton")
 
-from fastvit.kernels import _tuning, patch_embed
+from fastvit.kernels import _tuning_patches, patch_embed
 
 SCALE, SHIFT = [0.02, 0.013, 0.008], [-2.1, 0.3, 1.7]
 
@@ -99,7 +99,7 @@ def test_backward(dtype, patch, pixels):
 
 
 def every_tile():
-    tiles = {tile for tiles in _tuning.PATCHES.values() for tile in tiles}
+    tiles = {tile for tiles in _tuning_patches.PATCHES.values() for tile in tiles}
     return sorted(tiles, key=lambda tile: tuple(vars(tile).values()))
 
 
@@ -110,8 +110,8 @@ def test_every_tile_gives_the_same(tile, monkeypatch):
     batch = 2 * tile.BLOCK_M // 12 + 1
     image, weight = random(batch, 3, 12, 16, dtype=dtype), random(tile.BLOCK_N + 9, 3, 4, 4, dtype=dtype).contiguous()
     dy = random(batch, 13, tile.BLOCK_N + 9, dtype=dtype)
-    monkeypatch.setattr(_tuning, "patches", lambda *_: tile)
-    monkeypatch.setattr(_tuning, "patches_weight", lambda *_: (tile, 3))
+    monkeypatch.setattr(_tuning_patches, "patches", lambda *_: tile)
+    monkeypatch.setattr(_tuning_patches, "patches_weight", lambda *_: (tile, 3))
     tokens = run(patch_embed, image, weight, None, None, None, None, None)
     exact, eager = (patches_of(t[0], (4, 4)) @ t[1].flatten(1).mT for t in (double(image, weight), (image, weight)))
     assert_close("tokens", tokens, exact, eager)
@@ -124,8 +124,8 @@ def test_every_tile_gives_the_same(tile, monkeypatch):
 @pytest.mark.parametrize(("rows", "splits"), [(1, 1), (16, 1), (17, 2), (100, 4), (100, 40)])
 def test_sum_over_patches_in_parts(rows, splits, monkeypatch):
     """Also parts of one row, and more parts than there are blocks of rows."""
-    choose = _tuning.patches_weight
-    monkeypatch.setattr(_tuning, "patches_weight", lambda *sizes: (choose(*sizes)[0], splits))
+    choose = _tuning_patches.patches_weight
+    monkeypatch.setattr(_tuning_patches, "patches_weight", lambda *sizes: (choose(*sizes)[0], splits))
     image, dy = random(rows, 3, 4, 4, dtype=torch.float32), random(rows, 1, 20, dtype=torch.float32)
     weight = torch.randn(20, 3, 4, 4, device=DEVICE)
     dweight = run(patch_embed, dy, image, weight, None, None, 0, 0, False, entry="backward")[1]
@@ -134,11 +134,11 @@ def test_sum_over_patches_in_parts(rows, splits, monkeypatch):
 
 
 def test_parts_follow_from_the_shapes_alone():
-    many = _tuning.patches_weight("sm_90", 2, 256 * 196, 768, 768, True)
+    many = _tuning_patches.patches_weight("sm_90", 2, 256 * 196, 768, 768, True)
     assert many[1] == 7  # of 18 tiles each, for 132 cores
-    assert _tuning.patches_weight("sm_90", 2, 196, 768, 768, True)[1] == 1
-    assert _tuning.patches("sm_90", 2, 256 * 196, 768, True).BLOCK_N == 256
-    assert _tuning.patches("sm_90", 2, 196, 768, True).BLOCK_M == 64
+    assert _tuning_patches.patches_weight("sm_90", 2, 196, 768, 768, True)[1] == 1
+    assert _tuning_patches.patches("sm_90", 2, 256 * 196, 768, True).BLOCK_N == 256
+    assert _tuning_patches.patches("sm_90", 2, 196, 768, True).BLOCK_M == 64
 
 
 def test_prefix_rows_stay_out_of_the_weight_and_bias():
