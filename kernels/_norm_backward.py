@@ -219,7 +219,8 @@ def _partials(z, layer_scale, programs):
 
 def _walk_rows(dy, dz, z, mean, rstd, weight, x, layer_scale, sample_scale, d, dx):
     rows, width = z.shape
-    tile, programs = _tuning.norm_backward(z.element_size(), width, not (layer_scale is None and sample_scale is None))
+    scaled = layer_scale is not None or sample_scale is not None
+    tile, programs = _tuning.norm_backward(z.element_size(), width, scaled)
     programs = min(triton.cdiv(rows, tile.BLOCK_M), programs * _device.processors(z))
     partials = _partials(z, layer_scale, programs)
     _layer_norm_bwd_kernel[(programs,)](

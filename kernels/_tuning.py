@@ -10,9 +10,15 @@ smaller tiles.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from . import _tuning_matmul
+from ._tuning_attention import (
+    MAX_HEAD_DIM as MAX_HEAD_DIM,
+    _tail as _tail,
+    score_gradients as score_gradients,
+    score_gradients_of_queries as score_gradients_of_queries,
+    scores as scores,
+)
 from ._tuning_matmul import (
     EPILOGUE,
     EPILOGUE_PROGRAMS,
@@ -103,56 +109,10 @@ class Fold:
     num_warps: int
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Attention: BLOCK_M queries against BLOCK_N keys at a time, and the keys left over in PIECES.
-
-    ONE_PASS says that PIECES are all keys; the first FULL of them have no key to mask out. A head's width is cut into
-    WIDTHS. A program takes ROW_TILES tiles of queries of HEADS heads.
-    """
-
-    BLOCK_M: int
-    ROW_TILES: int
-    HEADS: int
-    TILE: tuple[int]
-    PIECES: tuple[int, ...]
-    FULL: int
-    WIDTHS: tuple[int, ...]
-    ONE_PASS: bool
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class ScoreGradients:
-    """Attention's backward for a block of keys, PIECES, or in ONE_PASS for all of them: BLOCK_M queries at a time."""
-
-    BLOCK_M: int
-    PIECES: tuple[int, ...]
-    FULL: int
-    WIDTHS: tuple[int, ...]
-    ONE_PASS: bool
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class QueryGradients:
-    """Attention's backward for BLOCK_M queries, where the keys do not fit: as in Scores."""
-
-    BLOCK_M: int
-    TILE: tuple[int]
-    PIECES: tuple[int, ...]
-    FULL: int
-    WIDTHS: tuple[int, ...]
-    num_warps: int
-    num_stages: int
-
-
 # Rows up to this width are held whole: 8192 fp32 over 8 warps are 32 registers a thread, and three blocks live.
 ROW_ELEMENTS = 8192
-# A row wider than that is walked in pieces; with pieces of 8192 the address masks of an odd width spill on gfx942.
-ROW_PIECE = 4096
+# A row wider than that is walked in pieces; with pieces of 4096 the address masks of an odd width spill on sm_80.
+ROW_PIECE = 2048
 # LayerNorm's forward reads and writes 0.31 ns worth of memory per row of 768 in 16 bits and multiprocessor of an H200,
 # about 180 cycles of its four schedulers, so what counts is instructions per row. One warp per 1024 columns needs no
 # exchange between warps (3 sums of 5 steps a row and warp), and two rows a warp share what weight and bias cost: 480
@@ -187,78 +147,6 @@ CORES = {"sm_80": 108, "sm_90": 132, "hip": 304}
 
 # Row tiles that share a band of the weight are launched next to one another, so that the band stays in the L2 cache.
 GROUP_M = 8
-
-# Attention, by chip, bytes of an element and padded head width, where a score needs nothing but its product. First, all
-# keys in one pass: how many at most, queries, warps, stages; then tiles beyond: queries, keys, warps, stages. Scores,
-# weights and sums of a query share a thread's registers: 208 keys (ViT's 197 and 201) take 189 of them on sm_90 and fit
-# sm_100, 272 (257) spill. Four warps are one warp group with 64 queries; two or three such programs share a core.
-_SCORES_80 = {64: ((128, 64, 4, 2), (128, 64, 8, 3)), 128: ((64, 64, 4, 2), (64, 32, 4, 2)), 256: (None, (32, 32, 4, 2))}
-_SCORES_90 = {
-    64: ((208, 64, 4, 2), (128, 64, 8, 3)),
-    128: ((128, 64, 4, 2), (128, 64, 8, 3)),
-    # With 128 queries it overflows Blackwell's tensor memory, and Triton then compiles the kernel to a trap.
-    256: ((128, 128, 8, 2), (64, 32, 4, 2)),
-}
-_SCORES_AMD = {64: ((64, 64, 4, 2), (64, 64, 4, 2)), 128: (None, (64, 32, 4, 2)), 256: (None, (32, 32, 4, 2))}
-# Plain multiply-adds keep whole rows of q and k in registers.
-_SCORES_FP32 = {64: ((32, 32, 4, 1), (32, 32, 4, 2)), 128: (None, (16, 32, 4, 2)), 256: (None, (16, 16, 4, 2))}
-SCORES = {
-    ("sm_80", 2): _SCORES_80,
-    ("sm_90", 2): _SCORES_90,
-    ("hip", 2): _SCORES_AMD,
-    **dict.fromkeys((("sm_80", 4), ("sm_90", 4), ("hip", 4)), _SCORES_FP32),
-}
-# The norm of queries and keys keeps their one pass where it fits: it costs its own registers only before the scores.
-NORMED_SCORES = {("sm_90", 2): {64: (208, 64, 4, 1)}}
-# Queries, keys and warps of a tile, by bytes of an element and padded head width, when each score also needs an address
-# in the mask or a random number, or each element of k and v an address of its own; nothing is fetched ahead.
-COSTLY_SCORES = {
-    2: {64: (64, 32, 8), 128: (64, 32, 8), 256: (32, 32, 8)},
-    4: {64: (32, 16, 4), 128: (16, 32, 8), 256: (16, 16, 4)},
-}
-
-# Attention's backward: choices for one pass, the smallest first: pieces of the keys, queries, warps, stages; then for a
-# block of keys: keys, queries, warps, stages; and for a block of queries: queries, keys, warps, stages. The sums for
-# dK and dV of 256 keys fill half of the registers of 8 warps. Pieces of 128 keys are 64 for each warp group; a smaller
-# one would split its columns between the groups, and its weights would travel through shared memory.
-_GRADIENTS_80 = {
-    64: ([((64,), 32, 4, 2), ((128,), 32, 8, 2)], (128, 64, 8, 2), (64, 64, 4, 2)),
-    128: ([((64,), 16, 4, 1)], (128, 32, 8, 2), (32, 32, 8, 1)),
-    256: ([], (32, 32, 8, 1), (32, 16, 8, 1)),
-}
-_GRADIENTS_90 = {
-    64: ([((64,), 32, 4, 2), ((128,), 64, 8, 2), ((128, 128), 32, 8, 2)], (128, 64, 8, 2), (64, 64, 4, 2)),
-    128: ([((64,), 32, 8, 1), ((128,), 32, 8, 1)], (128, 32, 8, 2), (64, 64, 4, 2)),
-    256: ([], (32, 32, 8, 1), (64, 64, 8, 2)),
-}
-_GRADIENTS_AMD = {
-    64: ([((64,), 32, 4, 2), ((128,), 32, 8, 1)], (64, 32, 8, 1), (64, 32, 8, 1)),
-    128: ([], (32, 32, 8, 1), (32, 32, 8, 1)),
-    256: ([], (16, 16, 4, 1), (16, 16, 4, 1)),
-}
-_GRADIENTS_FP32 = {
-    64: ([((32,), 32, 4, 1)], (32, 32, 4, 1), (32, 32, 4, 1)),
-    128: ([], (16, 32, 8, 1), (16, 32, 8, 1)),
-    256: ([], (16, 16, 8, 1), (16, 16, 8, 1)),
-}
-GRADIENTS = {
-    ("sm_80", 2): _GRADIENTS_80,
-    ("sm_90", 2): _GRADIENTS_90,
-    ("hip", 2): _GRADIENTS_AMD,
-    **dict.fromkeys((("sm_80", 4), ("sm_90", 4), ("hip", 4)), _GRADIENTS_FP32),
-}
-# As COSTLY_SCORES; both kernels, and one pass where the keys fit one tile.
-COSTLY_GRADIENTS = {
-    2: {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 4)},
-    4: {64: (32, 16, 4), 128: (16, 16, 4), 256: (16, 16, 8)},
-}
-# Fewer heads than that for each core: a program takes one tile of queries instead of all of a head.
-FEW_HEADS = 2
-# Heads of one tile of queries that a program takes one after the other, fetching the next while it computes, when there
-# are many programs for each core anyway.
-HEADS = 4
-MANY_HEADS = 16
-MAX_HEAD_DIM = 256
 
 # norm_mlp in one kernel, by chip: rows of up to so many columns take BLOCK_M, BLOCK_F, warps and stages. Two stages
 # hide the weights' way; 128 rows halve their traffic from L2, but only 192 columns leave 8 warps the registers for it.
@@ -295,7 +183,7 @@ def _power_of_two(number: int) -> int:
 
 def rows(width: int, itemsize: int = 4, row_count: int | None = None, aligned: bool = True) -> Rows:
     block_d = max(_power_of_two(width), 16) if width <= ROW_ELEMENTS else ROW_PIECE
-    if not aligned or (row_count is not None and row_count <= FEW_NORM_ROWS):
+    if not aligned or width > block_d or (row_count is not None and row_count <= FEW_NORM_ROWS):
         block_m = max(1, 256 // block_d)
         return Rows(block_m, block_d, width <= block_d, num_warps=min(8, block_m * block_d // 256))
     warps = max(1, block_d // 1024)
@@ -306,7 +194,7 @@ def rows(width: int, itemsize: int = 4, row_count: int | None = None, aligned: b
 def norm_backward(itemsize: int, width: int, scaled: bool) -> tuple[NormBackward, int]:
     """Tile of LayerNorm's backward, and how many programs each multiprocessor runs."""
     block_d = max(_power_of_two(width), 16)
-    warps = max(4, block_d // NORM_BACKWARD_COLUMNS[scaled])
+    warps = min(8, max(4, block_d // NORM_BACKWARD_COLUMNS[scaled]))  # 16 leave a thread of gfx942 128 registers
     # A warp's loads of 16 bytes reach over 256 columns in 16 bits.
     sums = max(1, warps * 256 // block_d)
     tile = NormBackward(warps * 512 // block_d, block_d, sums, NORM_BACKWARD_STAGES[itemsize], num_warps=warps)
@@ -338,90 +226,6 @@ def library(kind: str, chip: str, itemsize: int, row_count: int, width: int, dep
     """Whether torch's library makes a product ("forward", "input" or "weight" gradient) faster than ours."""
     fewest = LIBRARY.get((kind, chip, itemsize))
     return fewest is not None and row_count * width * depth >= fewest
-
-
-def widths(head_dim: int) -> tuple[int, ...]:
-    """One or two powers of two that hold a head's columns: 80 are 64 and 16."""
-    whole = max(_power_of_two(head_dim), 16)
-    first = whole // 2
-    rest = max(_power_of_two(head_dim - first), 16)
-    return (first, rest) if first >= 16 and first + rest < whole else (whole,)
-
-
-def pieces(keys: int) -> tuple[int, ...]:
-    """At most three powers of two, 16 or more, that hold so many keys: 197 are 128, 64 and 16."""
-    sizes: list[int] = []
-    while keys > 0 and len(sizes) < 3:
-        size = max(_power_of_two(keys), 16)
-        if size > 16 and len(sizes) < 2 and size > keys:
-            size //= 2
-        sizes.append(size)
-        keys -= size
-    whole = _power_of_two(sum(sizes))
-    return (whole,) if sum(sizes) == whole else tuple(sizes)
-
-
-def _full(left: tuple[int, ...], keys: int, ragged: bool) -> int:
-    """How many of the pieces hold nothing but keys, in every sequence."""
-    return 0 if ragged else sum(sum(left[: i + 1]) <= keys for i in range(len(left)))
-
-
-def _tail(keys: int, block_n: int, ragged: bool) -> tuple[tuple[int, ...], int]:
-    """The pieces of the keys that full tiles leave over, and how many of them are full."""
-    left = (block_n,) if ragged else pieces(keys % block_n)
-    return left, _full(left, keys % block_n, ragged)
-
-
-def scores(chip: str, itemsize: int, head_dim: int, call: Any) -> Scores:
-    width = max(_power_of_two(head_dim), 64)
-    one, tiled = SCORES[chip, itemsize][width]
-    if call.kind != "lean":
-        block_m, block_n, warps = COSTLY_SCORES[itemsize][width]
-        one, tiled = (block_n, block_m, warps, 1), (block_m, block_n, warps, 1)
-    if call.kind == "norm":
-        one = NORMED_SCORES.get((chip, itemsize), {}).get(width, one)
-    if one is None or call.keys > one[0]:
-        block_m, block_n, warps, stages = tiled
-        if block_m == 128 and (call.rows - 1) % 128 < 64:  # the second half of the last tile would be empty
-            block_m, warps = 64, warps // 2
-        left, full = _tail(call.keys, block_n, call.ragged)
-        return Scores(block_m, 1, 1, (block_n,), left, full, widths(head_dim), False, warps, stages)
-    _, block_m, warps, stages = one
-    left = pieces(call.keys) or (16,)
-    tiles = -(-call.rows // block_m)
-    if call.heads < FEW_HEADS * CORES[chip]:
-        tiles = 1  # K and V are read once for each, and more cores take part
-    heads = 1
-    if call.kind == "lean" and call.rows <= block_m and call.heads % HEADS == 0 and call.heads >= MANY_HEADS * CORES[chip]:
-        heads = HEADS
-    return Scores(
-        *(block_m, tiles, heads, (tiled[1],), left, _full(left, call.keys, call.ragged), widths(head_dim), True),
-        *(warps, stages),
-    )
-
-
-def score_gradients(chip: str, itemsize: int, head_dim: int, call: Any) -> ScoreGradients:
-    width = max(_power_of_two(head_dim), 64)
-    one, beyond, _ = GRADIENTS[chip, itemsize][width]
-    if call.kind != "lean":
-        block_m, block_n, warps = COSTLY_GRADIENTS[itemsize][width]
-        one, beyond = [((block_n,), block_m, warps, 1)], (block_n, block_m, warps, 1)
-    for left, block_m, warps, stages in one:
-        if call.keys <= sum(left):
-            full = _full(left, call.keys, call.ragged)
-            return ScoreGradients(block_m, left, full, widths(head_dim), True, warps, stages)
-    block_n, block_m, warps, stages = beyond
-    return ScoreGradients(block_m, (block_n,), 0, widths(head_dim), False, warps, stages)
-
-
-def score_gradients_of_queries(chip: str, itemsize: int, head_dim: int, call: Any) -> QueryGradients:
-    width = max(_power_of_two(head_dim), 64)
-    block_m, block_n, warps, stages = GRADIENTS[chip, itemsize][width][2]
-    if call.kind != "lean":
-        block_m, block_n, warps = COSTLY_GRADIENTS[itemsize][width]
-        stages = 1
-    left, full = _tail(call.keys, block_n, call.ragged)
-    return QueryGradients(block_m, (block_n,), left, full, widths(head_dim), warps, stages)
 
 
 def fused_mlp(chip: str, itemsize: int, row_count: int, width: int, hidden: int) -> FusedMlp | None:

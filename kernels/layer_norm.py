@@ -101,7 +101,8 @@ def forward(x, residual, layer_scale, weight, bias, eps, sample_scale):
     rstd = torch.empty_like(mean)
     if y.numel() == 0:
         return y, z, mean, rstd
-    tile = _tuning.rows(width, x.element_size(), rows)
+    aligned = _device.aligned(x, width, x.stride(0), 0 if residual is None else residual.stride(0))
+    tile = _tuning.rows(width, x.element_size(), rows, aligned)
     sample_rows = 1 if sample_scale is None else rows // sample_scale.shape[0]
     with _device.on_device_of(x):
         _layer_norm_fwd_kernel[(triton.cdiv(rows, tile.BLOCK_M),)](
