@@ -122,7 +122,7 @@ def test_very_many_and_very_wide_rows(monkeypatch):
     # On a GPU more programs than the second and third grid axis hold.
     t = case(5_000_003 if DEVICE == "cuda" else 65_537, 3, "plain", torch.float32)
     check_backward(t, *check_forward(t))
-    t = case(2, 65_537, "plain", torch.float32)
+    t = case(1, 65_537, "plain", torch.float32)
     t["x"] += 1e4
     check_backward(t, *check_forward(t))
 
@@ -198,11 +198,8 @@ def test_strides_beyond_32_bits():
     far, tensors = 1 << 31, 5
     # Few pages of it are touched, so the rest costs address space and no memory.
     buffer = torch.empty(2 * far + 1024, dtype=torch.float16, device=DEVICE)
-    t = {
-        "weight": torch.randn(16, device=DEVICE).half(),
-        "bias": None,
-        "layer_scale": torch.randn(16).half().to(DEVICE),
-    }
+    weight, layer_scale = torch.randn(2, 16, device=DEVICE).half()
+    t = {"weight": weight, "bias": None, "layer_scale": layer_scale}
     near = torch.randn(tensors, 3, 16).half().to(DEVICE)
     distant = [buffer[64 * i :].as_strided((3, 16), (far, 1)).copy_(near[i]) for i in range(tensors)]
     names = ("x", "residual", "dy", "dz", "z")
@@ -231,7 +228,7 @@ def test_more_elements_than_32_bits_count():
 def test_tiles_hold_whole_rows_and_warps_share_them_evenly():
     for width, itemsize, scaled in itertools.product((1, 16, 59, 192, 768, 1024, 1025, 4096), (2, 4), (False, True)):
         tile, programs = _tuning.norm_backward(itemsize, width, scaled)
-        assert tile.BLOCK_D >= width
+        assert width <= tile.BLOCK_D
         assert tile.BLOCK_M % tile.SUMS == 0
         assert programs >= 1
     assert {dtype.itemsize for dtype in DTYPES} == {2, 4}

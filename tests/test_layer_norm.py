@@ -1,16 +1,21 @@
 """layer_norm and add_layer_norm: every backend against fp64 mathematics, forward and all gradients."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import check, dtypes_of, places
+from harness import check, check_upstreams, dtypes_of, places
 from torch import Tensor
 
 import fastvit
-from fastvit import ops
+from fastvit import backends, ops
 
 EPS = 1e-6
 PLACES = places("layer_norm")
+KERNELS = [place for place in PLACES if place.values[0].backend != "reference"]
+TOKENS = [1, 2, 15, 16, 17, 50, 64, 65, 127, 129, 196, 197, 198, 256, 257, 577, 1025]
+WIDTHS = [64, 192, 384, 768, 1000, 1023, 1024, 1280]
 SHAPES = [(3, 192), (2, 5, 768), (1, 1), (7, 1023), (2, 3, 1664), (50, 59)]
 
 
@@ -28,17 +33,28 @@ def sample(shape: tuple[int, ...], **optional: bool) -> dict[str, Tensor | None]
     return tensors
 
 
-def eager(x, weight, bias, residual=None, layer_scale=None):
+def eager(x, weight, bias, residual=None, layer_scale=None, keep=None):
     if residual is None:
         return F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
-    z = residual + (x if layer_scale is None else x * layer_scale)
+    branch = x if layer_scale is None else x * layer_scale
+    z = residual + (branch if keep is None else branch * keep.to(x).div(0.7))
     return F.layer_norm(z, z.shape[-1:], weight, bias, EPS), z
 
 
-def fused(x, weight, bias, residual=None, layer_scale=None):
+def fused(x, weight, bias, residual=None, layer_scale=None, keep=None):
     if residual is None:
         return ops.layer_norm(x, weight, bias, EPS)
-    return ops.add_layer_norm(x, residual, weight, bias, EPS, layer_scale=layer_scale)
+    if keep is not None:
+        torch.manual_seed(7)
+    rate = 0.0 if keep is None else 0.3
+    return ops.add_layer_norm(x, residual, weight, bias, EPS, layer_scale=layer_scale, drop_path=rate)
+
+
+def kept(x: Tensor, place) -> Tensor:
+    """Which samples of x timm's DropPath keeps, from the generator state that `fused` starts from."""
+    drop_path = pytest.importorskip("timm.layers").DropPath(0.3)
+    torch.manual_seed(7)
+    return drop_path(torch.ones_like(x[..., :1], device=place.device)).ne(0).cpu()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -54,6 +70,75 @@ def test_parity(place, shape):
 def test_residual(place, shape, layer_scale):
     for dtype in dtypes_of(place):
         check(place, dtype, fused, eager, sample(shape, residual=True, layer_scale=layer_scale))
+
+
+@pytest.mark.grid(16)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("place", KERNELS)
+def test_tokens_and_widths(place, tokens, width):
+    index = list(itertools.product(TOKENS, WIDTHS)).index((tokens, width))
+    shape = ((1, 3, 0)[index % 3] if tokens < 300 else index % 2, tokens, width)
+    tensors = sample(shape, residual=index % 4 > 0, layer_scale=index % 4 > 1)
+    fixed = {"keep": kept(tensors["x"], place)} if index % 4 == 3 else None
+    check(place, dtypes_of(place)[index % len(dtypes_of(place))], fused, eager, tensors, fixed)
+
+
+@pytest.mark.parametrize("layer_scale", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+def test_drop_path_is_timms(place, layer_scale):
+    for dtype in dtypes_of(place):
+        tensors = sample((9, 5, 96), residual=True, layer_scale=layer_scale)
+        check(place, dtype, fused, eager, tensors, {"keep": kept(tensors["x"], place)})
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 2, 4), (0, 3, 4), (3, 0, 4)], ids=str)
+@pytest.mark.parametrize("place", PLACES)
+def test_drop_path_of_any_rank(place, shape):
+    drop_path = pytest.importorskip("timm.layers").DropPath(0.5)
+    x, residual = torch.randn(2, *shape, device=place.device).requires_grad_()
+    torch.manual_seed(3)
+    want = residual + drop_path(x)
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    with fastvit.backend(place.backend):
+        y, z = ops.add_layer_norm(x, residual, drop_path=0.5)
+    torch.testing.assert_close(z, want)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(g is not None for g in torch.autograd.grad((y * z).sum(), (x, residual), allow_unused=True))
+
+
+def test_drop_path_keeps_the_kernel_that_lacks_it(monkeypatch, caplog):
+    if not fastvit.is_available("cpu"):
+        pytest.skip("GPU: the extension is not built")
+    launcher, calls = backends.implementation("layer_norm", "cpu"), []
+    forward = type(launcher).forward
+    monkeypatch.setattr(type(launcher), "forward", lambda self, *args: calls.append(args[-1]) or forward(self, *args))
+    monkeypatch.setattr(backends, "_reported", set())
+    x = torch.randn(4, 3, 8)
+    ops.add_layer_norm(x, x, drop_path=0.5)
+    assert calls == [None]
+    assert not caplog.records
+    if fastvit.is_available("triton") and not torch.cuda.is_available():
+        with fastvit.backend("triton"):
+            ops.add_layer_norm(x, x, drop_path=0.5)
+    assert calls == [None]
+    assert "has no sample_scale" in launcher.why_not(*ops.prepare_add_layer_norm(x, x)[:-1], torch.ones(4))
+
+
+def test_drop_path_compiles_in_one_graph_and_follows_autocast():
+    x = torch.randn(4, 3, 8)
+    for backend in ("reference", "cpu", "triton"):
+        if not fastvit.is_available(backend) or (backend == "triton" and torch.cuda.is_available()):
+            continue
+        torch._dynamo.reset()
+        with fastvit.backend(backend):
+            call = torch.compile(lambda t: ops.add_layer_norm(t, t, drop_path=0.5)[1], fullgraph=True, backend="eager")
+            ratio = (call(x) / x).amax((1, 2))
+            assert set(ratio.round(decimals=3).tolist()) <= {1.0, 3.0}
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y, z = ops.add_layer_norm(x.bfloat16(), x.bfloat16(), drop_path=0.5)
+            assert (y.dtype, z.dtype) == (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -106,24 +191,33 @@ def test_views_equal_contiguous(place):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_incoming_gradients_of_any_stride(place):
-    weight, bias = torch.randn(2, 48, device=place.device)
-    x = torch.randn(2, 5, 48, device=place.device)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_upstreams(place, dtype, fused, sample((3, 5, 48)))
+        check_upstreams(place, dtype, fused, sample((3, 5, 48), residual=True, layer_scale=True))
 
-    def grad_of(loss):
-        leaf = x.clone().requires_grad_()
+
+@pytest.mark.parametrize("place", PLACES)
+def test_one_of_the_two_results_is_enough(place):
+    tensors = sample((2, 5, 48), residual=True, layer_scale=True)
+    for i in (0, 1):
+        used = ("x", "residual", "layer_scale", *(("weight", "bias") if i == 0 else ()))
+        dtype = torch.float32
+        leaves = {k: v.to(place.device, dtype).requires_grad_() for k, v in tensors.items()}
         with fastvit.backend(place.backend):
-            y = ops.layer_norm(leaf, weight, bias)
-            y.retain_grad()
-            return torch.autograd.grad(loss(y), leaf)[0]
+            got = torch.autograd.grad(fused(**leaves)[i].square().sum(), [leaves[k] for k in used])
+        exact = {k: v.detach().double() for k, v in leaves.items()}
+        exact = {k: v.requires_grad_() for k, v in exact.items()}
+        want = torch.autograd.grad(eager(**exact)[i].square().sum(), [exact[k] for k in used])
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-5)
 
-    ones = torch.ones_like(x)
-    assert torch.equal(grad_of(lambda y: y.sum()), grad_of(lambda y: (y * ones).sum()))
-    picked = torch.zeros_like(x)
-    picked[:, 0] = 1
-    assert torch.equal(grad_of(lambda y: y[:, 0].sum()), grad_of(lambda y: (y * picked).sum()))
-    turned = torch.randn(5, 2, 48, device=place.device)
-    moved = turned.transpose(0, 1).contiguous()
-    assert torch.equal(grad_of(lambda y: (y.transpose(0, 1) * turned).sum()), grad_of(lambda y: (y * moved).sum()))
+
+@pytest.mark.parametrize("place", PLACES)
+def test_overflow_is_eagers(place):
+    largest = {torch.float16: 65504.0, torch.bfloat16: 133120.0}
+    for dtype in set(largest) & set(dtypes_of(place)):
+        x = torch.randn(4, 96, dtype=torch.float64).sign() * largest[dtype]
+        check(place, dtype, fused, eager, {**sample((4, 96)), "x": x})
 
 
 @pytest.mark.parametrize("place", PLACES)
