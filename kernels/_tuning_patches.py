@@ -65,9 +65,10 @@ BYTE_DEPTH = 32
 SPLIT_PATCHES = 256
 # Sums in registers that leave a core room for one program; of smaller tiles it runs several.
 CORE_SUMS = 128 * 256
-# 32 numbers a thread on their way at once: of a token 16 images, of the parts of a weight's gradient all there are.
-TOKENS_SUM = PatchSum(16, 256, num_warps=4)
-PARTS_SUM = PatchSum(8, 512, num_warps=4)
+# 16 numbers a thread on their way at once, or addresses of single ones spill; 768 columns make three programs a token,
+# which have 36 KB under way on a core of 132. Of the parts of a weight's gradient nearly all are read at once.
+TOKENS_SUM = PatchSum(16, 256, num_warps=8)
+PARTS_SUM = PatchSum(8, 512, num_warps=8)
 
 
 def patches(

@@ -239,7 +239,7 @@ def _patch_embed_bwd_sum_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, M, BLOCK_M):
         m = start + row
-        total += tl.load(x_ptr + (m * stride_xm + column), mask=(m < M) & (column < D), other=0.0).to(tl.float32)
+        total += tl.load(x_ptr + m * stride_xm + column, mask=(m < M) & (column < D), other=0.0).to(tl.float32)
     sum_block = sum_ptr + (group.to(tl.int64) * D + column)  # [1, BLOCK_D]
     tl.store(sum_block, tl.sum(total, axis=0)[None, :].to(sum_ptr.dtype.element_ty), mask=column < D)
 
