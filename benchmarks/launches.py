@@ -76,31 +76,47 @@ def _layer_norm() -> Iterator[Launch]:
 
 
 def _linear() -> Iterator[Launch]:
-    def forward(rows: int, depth: int, width: int, full: bool, activation: str) -> Callable[[torch.dtype], tuple]:
+    def forward(
+        M: int, K: int, C: int, activation: str = "none", bias: bool = True, residual: bool = False, full: bool = False
+    ) -> Callable[[torch.dtype], tuple]:
         def arguments(dtype: torch.dtype) -> tuple:
-            x, weight = _empty(rows, depth, dtype=dtype), _empty(width, depth, dtype=dtype)
-            row = _empty(width, dtype=dtype)
-            if not full:
-                return x, weight, None, None, None, activation, False, None
-            residual = _empty(rows, width, dtype=dtype)
-            return x, weight, row, row, residual, activation, True, _empty(8, dtype=dtype)
+            x, weight, row = _empty(M, K, dtype=dtype), _empty(C, K, dtype=dtype), _empty(C, dtype=dtype)
+            scale, samples = (row, _empty(8, dtype=dtype)) if full else (None, None)
+            added = _empty(M, C, dtype=dtype) if residual else None
+            return x, weight, row if bias else None, scale, added, activation, activation != "none", samples
 
         return arguments
 
-    def backward(rows: int, depth: int, width: int, full: bool, activation: str) -> Callable[[torch.dtype], tuple]:
+    def backward(M: int, K: int, C: int, activation: str = "none", scaled: bool = False, full: bool = False):
         def arguments(dtype: torch.dtype) -> tuple:
-            x, weight = _empty(rows, depth, dtype=dtype), _empty(width, depth, dtype=dtype)
-            row = _empty(width, dtype=dtype)
-            dy = _empty(rows, width, dtype=dtype)
+            x, weight, row = _empty(M, K, dtype=dtype), _empty(C, K, dtype=dtype), _empty(C, dtype=dtype)
+            dy = _empty(M, C, dtype=dtype)
             preact = dy if activation != "none" else _empty(0, dtype=dtype)
-            row, samples = (row, _empty(8, dtype=dtype)) if full else (None, None)
-            return dy, x, weight, row, row, preact, activation, samples
+            return dy, x, weight, row, row if scaled else None, preact, activation, row[:8] if full else None
 
         return arguments
 
-    yield Launch("linear", "forward", "bare", forward(1000, 768, 768, False, "none"))
-    yield Launch("linear", "forward", "full gelu_tanh odd", forward(1000, 59, 768, True, "gelu_tanh"))
-    yield Launch("linear", "forward", "full gelu few rows", forward(8, 768, 768, True, "gelu"))
+    yield Launch("linear", "forward", "bare", forward(1000, 768, 768, bias=False))
+    yield Launch(
+        "linear", "forward", "full gelu_tanh odd", forward(1000, 59, 767, "gelu_tanh", residual=True, full=True)
+    )
+    yield Launch("linear", "forward", "full gelu few rows", forward(8, 768, 768, "gelu", residual=True, full=True))
+    yield Launch("linear", "forward", "full gelu in parts", forward(197, 3072, 768, "gelu", residual=True, full=True))
+    yield Launch("linear", "backward", "full quick_gelu odd", backward(1000, 59, 767, "quick_gelu", True, True))
+    yield Launch("linear", "backward", "full 197 rows", backward(197, 768, 3072, scaled=True, full=True))
+    M, D, F = 256 * 197, 768, 3072
+    for label, K, C, activation, residual in (
+        ("ViT-B qkv", D, 3 * D, "none", False),
+        ("ViT-B proj", D, D, "none", True),
+        ("ViT-B fc1", D, F, "gelu", False),
+        ("ViT-B fc2", F, D, "none", True),
+    ):
+        w = work.linear(M, K, C, activation != "none", residual, keep=True)
+        arguments = forward(M, K, C, activation, residual=residual)
+        yield Launch("linear", "forward", label, arguments, w.flops, w.bytes)
+        w = work.linear_backward(M, K, C, activation != "none")
+        arguments = backward(M, K, C, activation, scaled=residual)
+        yield Launch("linear", "backward", label, arguments, w.flops, w.bytes)
 
 
 def _norm_mlp() -> Iterator[Launch]:
@@ -161,27 +177,64 @@ def _norm_mlp() -> Iterator[Launch]:
 
 
 def _attention() -> Iterator[Launch]:
-    def forward(keys: int, head_dim: int, mask: str, causal: bool) -> Callable[[torch.dtype], tuple]:
+    def options(head_dim: int, keys: int, kind: str, dtype: torch.dtype) -> tuple:
+        row = _empty(head_dim, dtype=dtype) if "norm" in kind else None
+        eps = 1e-6 if "norm" in kind else None
+        seed = torch.empty(1, dtype=torch.int64, device="meta") if "dropout" in kind else None
+        lengths = torch.empty(257, dtype=torch.int32, device="meta") if "varlen" in kind else None
+        rate = 0.1 if "dropout" in kind else 0.0
+        return rate, seed, row, row, row, row, eps, eps, lengths, keys if "varlen" in kind else 0
+
+    def tensors(batch: int, keys: int, head_dim: int, kind: str, dtype: torch.dtype) -> tuple:
+        shape = (1, batch * keys) if "varlen" in kind else (batch, keys)
+        packed = _empty(*shape, 3, 12, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4)
+        mask = None
+        if "bool" in kind or "additive" in kind:
+            mask = _empty(batch, 1, 1, keys, dtype=torch.bool if "bool" in kind else dtype)
+            mask = mask.expand(batch, 12, keys, keys)
+        return packed, (mask, "causal" in kind, 0.125, *options(head_dim, keys, kind, dtype))
+
+    def forward(*case) -> Callable[[torch.dtype], tuple]:
         def arguments(dtype: torch.dtype) -> tuple:
-            q, k, v = _empty(2, keys, 3, 12, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4)
-            mask_dtype = torch.bool if mask == "bool" else dtype
-            table = None if mask == "none" else _empty(2, 1, 1, keys, dtype=mask_dtype).expand(2, 12, keys, keys)
-            return q, k, v, table, causal, 0.125
+            packed, rest = tensors(*case, dtype)
+            return *packed, *rest
 
         return arguments
 
-    for keys, head_dim, mask, causal in (
-        (197, 64, "none", False),
-        (197, 64, "bool", False),
-        (50, 64, "additive", False),
-        (577, 64, "none", False),
-        (577, 59, "bool", False),
-        (577, 80, "additive", True),
-        (128, 80, "none", False),
-        (257, 256, "bool", False),
+    def backward(*case) -> Callable[[torch.dtype], tuple]:
+        def arguments(dtype: torch.dtype) -> tuple:
+            packed, rest = tensors(*case, dtype)
+            out = packed[0].transpose(1, 2).new_empty(packed[0].transpose(1, 2).shape)
+            lse = _empty(*packed[0].shape[:3], dtype=torch.float32)
+            return out, *packed, out, lse, *packed, *rest
+
+        return arguments
+
+    for keys, head_dim in ((50, 64), (197, 64), (201, 64), (257, 64), (257, 80), (577, 64), (1025, 64)):
+        label, case = f"{keys} x {head_dim}", (256, keys, head_dim, "")
+        w = work.attention(256, 12, keys, keys, head_dim, keep=True)
+        yield Launch("attention", "forward", label, forward(*case), w.flops, w.bytes)
+        w = work.attention_backward(256, 12, keys, keys, head_dim)
+        yield Launch("attention", "backward", label, backward(*case), w.flops, w.bytes)
+    for batch, keys, head_dim, kind in (
+        (256, 197, 64, "norm"),
+        (256, 197, 64, "varlen"),
+        (256, 577, 64, "varlen norm"),
+        (2, 197, 64, ""),
+        (256, 16, 32, ""),
+        (256, 128, 72, ""),
+        (2, 577, 128, ""),
+        (2, 257, 256, ""),
+        (2, 50, 64, "additive"),
+        (2, 577, 59, "bool dropout"),
+        (2, 577, 80, "additive causal norm"),
+        (2, 257, 256, "bool norm dropout"),
+        (2, 300, 128, "varlen dropout"),
     ):
-        label = f"{keys} x {head_dim}" + f" {mask}" * (mask != "none") + " causal" * causal
-        yield Launch("attention", "forward", label, forward(keys, head_dim, mask, causal))
+        label = f"{keys} x {head_dim} {kind}".strip() + " few" * (batch == 2 and not kind and keys == 197)
+        case = (batch, keys, head_dim, kind)
+        yield Launch("attention", "forward", label, forward(*case))
+        yield Launch("attention", "backward", label, backward(*case))
 
 
 def _patch_embed() -> Iterator[Launch]:

@@ -92,6 +92,73 @@ def _halves(tile):
 
 
 @triton.jit
+def _product_tile(
+    tile, finished, x, weight, norm, vectors, matrices, M, N, K, first_k, end_k, SAMPLE_ROWS, stride_xm, stride_w,
+    stride_rm, BACKWARD: tl.constexpr, ACTIVATION: tl.constexpr, HAS_NORM: tl.constexpr, EVEN_K: tl.constexpr,
+    WIDE: tl.constexpr, DESCRIPTORS: tl.constexpr, PIECES: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Tile number `tile` of x W over first_k to end_k, with its epilogue, which counts its tiles in `finished`."""
+    tile_m, tile_n = _numbered_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    row = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    column = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    depth = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    if HAS_NORM:
+        mean_ptr, rstd_ptr, norm_weight_ptr, norm_bias_ptr = norm
+        at = tile_m.to(tl.int64) * BLOCK_M + row
+        mean = tl.load(mean_ptr + at, mask=at < M, other=0.0)[:, None]  # [BLOCK_M, 1]
+        rstd = tl.load(rstd_ptr + at, mask=at < M, other=0.0)[:, None]  # [BLOCK_M, 1]
+    if not DESCRIPTORS:
+        m = tile_m.to(tl.int64) * BLOCK_M
+        n = tile_n.to(tl.int64) * BLOCK_N
+        x_row = row.to(tl.int64) if WIDE else row
+        x_block = x + m * stride_xm + (x_row[:, None] * stride_xm + depth[None, :])  # [BLOCK_M, BLOCK_K]
+        if BACKWARD:
+            weight_row = depth.to(tl.int64) if WIDE else depth
+            weight_block = weight + n + (weight_row[:, None] * stride_w + column[None, :])  # [BLOCK_K, BLOCK_N]
+        else:
+            weight_row = column.to(tl.int64) if WIDE else column
+            weight_block = weight + n * stride_w + (weight_row[None, :] * stride_w + depth[:, None])
+        row_inside = m + row < M
+        column_inside = n + column < N
+
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(first_k, end_k, BLOCK_K):
+        if DESCRIPTORS:
+            x_tile = x.load([tile_m * BLOCK_M, k])  # [BLOCK_M, BLOCK_K]
+            if BACKWARD:
+                weight_tile = weight.load([k, tile_n * BLOCK_N])  # [BLOCK_K, BLOCK_N]
+            else:
+                weight_tile = weight.load([tile_n * BLOCK_N, k]).T  # [BLOCK_K, BLOCK_N]
+        else:
+            x_mask = row_inside[:, None]
+            weight_mask = column_inside[None, :]
+            if not EVEN_K:
+                x_mask = x_mask & (k + depth < K)[None, :]
+                weight_mask = weight_mask & (k + depth < K)[:, None]
+            step = tl.full([], k, tl.int64) * stride_w if BACKWARD else k
+            x_tile = tl.load(x_block + k, mask=x_mask, other=0.0)
+            weight_tile = tl.load(weight_block + step, mask=weight_mask, other=0.0)
+        if HAS_NORM:
+            # Columns beyond K need no care: they meet a zero of the weight.
+            x_tile = _normalise(x_tile, mean, rstd, norm_weight_ptr, norm_bias_ptr, k + depth, k + depth < K)
+        total = tl.dot(x_tile, weight_tile, total, input_precision="ieee")
+
+    tile_m, tile_n = _numbered_tile(finished, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    if PIECES == 1:
+        pieces = (total,)
+    elif PIECES == 2:
+        pieces = _halves(total)
+    else:
+        left, right = _halves(total)
+        pieces = _halves(left) + _halves(right)
+    for piece in tl.static_range(PIECES):
+        n = tile_n * BLOCK_N + piece * (BLOCK_N // PIECES)
+        _finish_tile(pieces[piece], tile_m * BLOCK_M, n, vectors, matrices, M, N, SAMPLE_ROWS, stride_rm,
+                     BACKWARD, ACTIVATION, WIDE, DESCRIPTORS, BLOCK_M, BLOCK_N // PIECES)  # fmt: skip
+
+
+@triton.jit
 def _product_kernel(
     x, weight, bias_ptr, layer_scale_ptr, sample_scale_ptr, mean_ptr, rstd_ptr, colsum_ptr,
     y, residual, preact, activated, norm_weight_ptr, norm_bias_ptr,
@@ -104,71 +171,25 @@ def _product_kernel(
 
     With DESCRIPTORS x, weight, y, residual, preact and activated are tensor descriptors, else pointers.
     """
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     first_k = tl.program_id(1) * SPLIT_K
     end_k = tl.minimum(K, first_k + SPLIT_K)
-    if not DESCRIPTORS:
-        y += tl.program_id(1).to(tl.int64) * M * N
+    norm = (mean_ptr, rstd_ptr, norm_weight_ptr, norm_bias_ptr)
     vectors = (bias_ptr, layer_scale_ptr, sample_scale_ptr, mean_ptr, rstd_ptr, colsum_ptr)
-    matrices = (y, residual, preact, activated)
-    row = tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    column = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    depth = tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    # The epilogue counts its tiles itself: with the loop's counter it would keep the next tile's loads waiting.
-    finished = tl.program_id(0) - tl.num_programs(0)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=DESCRIPTORS):
-        tile_m, tile_n = _numbered_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if HAS_NORM:
-            at = tile_m.to(tl.int64) * BLOCK_M + row
-            mean = tl.load(mean_ptr + at, mask=at < M, other=0.0)[:, None]  # [BLOCK_M, 1]
-            rstd = tl.load(rstd_ptr + at, mask=at < M, other=0.0)[:, None]  # [BLOCK_M, 1]
-        if not DESCRIPTORS:
-            m = tile_m.to(tl.int64) * BLOCK_M
-            n = tile_n.to(tl.int64) * BLOCK_N
-            x_row = row.to(tl.int64) if WIDE else row
-            x_block = x + m * stride_xm + (x_row[:, None] * stride_xm + depth[None, :])  # [BLOCK_M, BLOCK_K]
-            if BACKWARD:
-                weight_row = depth.to(tl.int64) if WIDE else depth
-                weight_block = weight + n + (weight_row[:, None] * stride_w + column[None, :])  # [BLOCK_K, BLOCK_N]
-            else:
-                weight_row = column.to(tl.int64) if WIDE else column
-                weight_block = weight + n * stride_w + (weight_row[None, :] * stride_w + depth[:, None])
-            row_inside = m + row < M
-            column_inside = n + column < N
-        for k in range(first_k, end_k, BLOCK_K):
-            if DESCRIPTORS:
-                x_tile = x.load([tile_m * BLOCK_M, k])  # [BLOCK_M, BLOCK_K]
-                if BACKWARD:
-                    weight_tile = weight.load([k, tile_n * BLOCK_N])  # [BLOCK_K, BLOCK_N]
-                else:
-                    weight_tile = weight.load([tile_n * BLOCK_N, k]).T  # [BLOCK_K, BLOCK_N]
-            else:
-                x_mask = row_inside[:, None]
-                weight_mask = column_inside[None, :]
-                if not EVEN_K:
-                    x_mask = x_mask & (k + depth < K)[None, :]
-                    weight_mask = weight_mask & (k + depth < K)[:, None]
-                step = tl.full([], k, tl.int64) * stride_w if BACKWARD else k
-                x_tile = tl.load(x_block + k, mask=x_mask, other=0.0)
-                weight_tile = tl.load(weight_block + step, mask=weight_mask, other=0.0)
-            if HAS_NORM:
-                # Columns beyond K need no care: they meet a zero of the weight.
-                x_tile = _normalise(x_tile, mean, rstd, norm_weight_ptr, norm_bias_ptr, k + depth, k + depth < K)
-            total = tl.dot(x_tile, weight_tile, total, input_precision="ieee")
-        finished += tl.num_programs(0)
-        tile_m, tile_n = _numbered_tile(finished, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        if PIECES == 1:
-            pieces = (total,)
-        elif PIECES == 2:
-            pieces = _halves(total)
-        else:
-            left, right = _halves(total)
-            pieces = _halves(left) + _halves(right)
-        for piece in tl.static_range(PIECES):
-            n = tile_n * BLOCK_N + piece * (BLOCK_N // PIECES)
-            _finish_tile(pieces[piece], tile_m * BLOCK_M, n, vectors, matrices, M, N, SAMPLE_ROWS, stride_rm,
-                         BACKWARD, ACTIVATION, WIDE, DESCRIPTORS, BLOCK_M, BLOCK_N // PIECES)  # fmt: skip
+    if DESCRIPTORS:
+        matrices = (y, residual, preact, activated)
+        # The epilogue counts its tiles itself: with the loop's counter it would keep the next tile's loads waiting.
+        finished = tl.program_id(0) - tl.num_programs(0)
+        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            finished += tl.num_programs(0)
+            _product_tile(tile, finished, x, weight, norm, vectors, matrices, M, N, K, first_k, end_k, SAMPLE_ROWS,
+                          stride_xm, stride_w, stride_rm, BACKWARD, ACTIVATION, HAS_NORM, EVEN_K, WIDE, DESCRIPTORS,
+                          PIECES, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+    else:
+        matrices = (y + tl.program_id(1).to(tl.int64) * M * N, residual, preact, activated)
+        _product_tile(tl.program_id(0), tl.program_id(0), x, weight, norm, vectors, matrices, M, N, K, first_k, end_k,
+                      SAMPLE_ROWS, stride_xm, stride_w, stride_rm, BACKWARD, ACTIVATION, HAS_NORM, EVEN_K, WIDE,
+                      DESCRIPTORS, PIECES, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
 
 
 @triton.jit

@@ -39,7 +39,7 @@ def _product_weight_kernel(
         x_block = x + k + (at[:, None] * stride_xm + x_column[None, :])  # [BLOCK_M, BLOCK_K]
 
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    bias_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    bias_total = tl.zeros([16, BLOCK_N], tl.float32)
     first = split * SPLIT_M
     for m in range(first, tl.minimum(M, first + SPLIT_M), BLOCK_M):
         row_inside = m + row < M
@@ -63,7 +63,7 @@ def _product_weight_kernel(
             # the next copy but one overwrites it while the matrix unit still reads.
             wanted = row_inside & ((m // BLOCK_M) % tiles_k == tile_k)
             again = tl.load(d_block + start * stride_dm, mask=wanted[:, None] & d_inside[None, :], other=0.0)
-            bias_total += again.to(tl.float32)
+            bias_total += tl.sum(tl.reshape(again.to(tl.float32), (BLOCK_M // 16, 16, BLOCK_N)), axis=0)
 
     offset = split.to(tl.int64) * N * K + n * K + k + (d_column.to(tl.int64)[:, None] * K + x_column[None, :])
     inside = d_inside[:, None] & x_inside[None, :]

@@ -115,7 +115,7 @@ MATMUL_WEIGHT = {
     ),
     **{(chip, 2, False): (MatMulWeight(32, 64, 64, num_warps=4, num_stages=2),) for chip in CHIPS},
     **{
-        (chip, 4, aligned): (MatMulWeight(16, 64, 64, num_warps=4, num_stages=2),)
+        (chip, 4, aligned): (MatMulWeight(32, 64, 64, num_warps=4, num_stages=2),)
         for chip in CHIPS
         for aligned in (True, False)
     },
@@ -145,8 +145,8 @@ LIBRARY: dict[tuple[str, str, int], int] = {}
 # columns, so that each multiprocessor has this many of them, and few partial sums are left.
 EPILOGUE = Epilogue(16, 128, num_warps=4)
 EPILOGUE_PROGRAMS = 4
-# 64 fp32 of a thread on their way at once.
-WEIGHT_SUM = WeightSum(1024, 8, num_warps=4)
+# 32 fp32 of a thread on their way at once; ptxas spills one of 64, for the sake of a few more programs.
+WEIGHT_SUM = WeightSum(1024, 8, num_warps=8)
 
 
 @functools.lru_cache(maxsize=1024)
