@@ -113,12 +113,12 @@ class Fold:
 ROW_ELEMENTS = 8192
 # A row wider than that is walked in pieces; with pieces of 4096 the address masks of an odd width spill on sm_80.
 ROW_PIECE = 2048
-# LayerNorm's forward reads and writes 0.31 ns worth of memory per row of 768 in 16 bits and multiprocessor of an H200,
-# about 180 cycles of its four schedulers, so what counts is instructions per row. One warp per 1024 columns needs no
-# exchange between warps (3 sums of 5 steps a row and warp), and two rows a warp share what weight and bias cost: 480
-# instructions a row, against 690 with four warps to a row of a four-row tile. 64 values a thread are 128 bytes on their
-# way per tensor, 16 warps of them 48 KB a multiprocessor; 4.3 TB/s at 600 ns of latency want 20. fp32 has half the
-# values in as many bytes, and one row.
+# LayerNorm's forward moves 3 KB for a row of 768 in 16 bits: 94 ns of a multiprocessor's share of an H200's memory, in
+# which its four schedulers issue some 680 instructions, so that those count. One warp per 1024 columns needs no
+# exchange between warps (three sums of five steps a row and warp), and two rows a warp share what weight and bias cost:
+# 480 instructions a row (SASS for sm_90), against 690 with four warps across the rows. 64 values a thread are 128 bytes
+# on their way per tensor, 16 warps of them 48 KB a multiprocessor, where 600 ns of latency want 20. fp32 has half as
+# many values in as many bytes, and one row.
 ROW_WARP_BYTES = 4096
 # Below this many rows most schedulers would have nothing to do: a row gets a program, and a thread 8 of its values. So
 # it is with rows that are not read 16 bytes at a time: 64 values a thread with an address each spill.
@@ -128,8 +128,9 @@ FEW_NORM_ROWS = 2048
 NORM_BACKWARD_ELEMENTS = 4096
 # 20 KB on their way again: two tensors of 3 KB (768 columns, two rows) in four programs are 24 KB a stage in 16 bits.
 NORM_BACKWARD_STAGES = {2: 3, 4: 2}
-# Columns of a warp, by whether x, LayerScale and its sum need registers too. Half as many warps a row are 1380
-# instructions for 2048 columns instead of 1570, and with LayerScale they would spill.
+# Columns of a warp, by whether x, LayerScale and its sum need registers too, where rows are wide. A row of 1280 in 16
+# bits is worth 1700 instructions of memory time: four warps take 1380 for its 2048 columns, eight 1570. With LayerScale
+# there is twice the time, and four warps would spill. (768 columns: 770 of 1020, with LayerScale 1200 of 2030.)
 NORM_BACKWARD_COLUMNS = {False: 512, True: 256}
 # Warps of a multiprocessor that run at once, by the bytes of an element: 128 or 168 registers a thread. More programs
 # than run at once would cost a second round.
