@@ -142,6 +142,8 @@ def compile_case(op: str, entry: str, case: str, dtype: str, chip: str, cache: s
         launch_case = next(c for c in launches() if (c.op, c.entry, c.label) == (op, entry, case))
         launcher = importlib.import_module(f"fastvit.kernels.{op}")
         getattr(launcher, entry)(*launch_case.arguments(DTYPES[dtype]))
+    except Exception as error:
+        rows.append(Row(op, entry, case, dtype, chip, len(rows), "launcher", error=f"{type(error).__name__}: {error}"))
     finally:
         JITFunction.run = launch
     return rows
