@@ -42,13 +42,15 @@ class Chip:
     tuning: str
     shared_limit: int
     matrix_instruction: str
+    multiprocessors: int
 
 
+# Multiprocessors are those of the A100, H200, B200 and MI300X.
 CHIPS = {
-    "sm_80": Chip("cuda", 80, 32, "sm_80", 163 * KIB, "mma.sync"),
-    "sm_90": Chip("cuda", 90, 32, "sm_90", 227 * KIB, "wgmma"),
-    "sm_100": Chip("cuda", 100, 32, "sm_90", 227 * KIB, "tcgen05"),
-    "gfx942": Chip("hip", "gfx942", 64, "hip", 64 * KIB, "mfma"),
+    "sm_80": Chip("cuda", 80, 32, "sm_80", 163 * KIB, "mma.sync", 108),
+    "sm_90": Chip("cuda", 90, 32, "sm_90", 227 * KIB, "wgmma", 132),
+    "sm_100": Chip("cuda", 100, 32, "sm_90", 227 * KIB, "tcgen05", 148),
+    "gfx942": Chip("hip", "gfx942", 64, "hip", 64 * KIB, "mfma", 304),
 }
 MATRIX_INSTRUCTIONS = ("wgmma", "tcgen05", "mma.sync", "mfma")
 
@@ -123,6 +125,7 @@ def compile_case(op: str, entry: str, case: str, dtype: str, chip: str, cache: s
     triton.knobs.cache.dir = cache
     triton.runtime.driver.set_active(_Driver(chip))
     _device.chip = lambda x: CHIPS[chip].tuning
+    _device.multiprocessors = lambda x: CHIPS[chip].multiprocessors
     rows: list[Row] = []
     launch = JITFunction.run
 

@@ -32,10 +32,8 @@ H200_MULTIPLY_ADD = 67e12
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """An NVIDIA chip's limits as published, and how many multiprocessors the product named has."""
+    """What an NVIDIA multiprocessor holds, as published."""
 
-    product: str
-    count: int
     shared: int
     registers: int = 65536
     threads: int = 2048
@@ -44,9 +42,9 @@ class Multiprocessor:
 
 # AMD's rule for kernels that mix both kinds of vector registers is not reproduced here: no occupancy is given for it.
 MULTIPROCESSORS = {
-    "sm_80": Multiprocessor("A100", 108, 164 * KIB),
-    "sm_90": Multiprocessor("H200", 132, 228 * KIB),
-    "sm_100": Multiprocessor("B200", 148, 228 * KIB),
+    "sm_80": Multiprocessor(164 * KIB),
+    "sm_90": Multiprocessor(228 * KIB),
+    "sm_100": Multiprocessor(228 * KIB),
 }
 
 
@@ -147,12 +145,12 @@ def _of_kernel(row: Row) -> Line:
     }
     if resident := resident_blocks(row):
         blocks, what = resident
-        chip = MULTIPROCESSORS[row.chip]
+        together = aot.CHIPS[row.chip].multiprocessors * blocks
         line |= {
             "resident": str(blocks),
-            "occupancy_pct": f"{100 * blocks * row.threads / chip.threads:.0f}",
+            "occupancy_pct": f"{100 * blocks * row.threads / MULTIPROCESSORS[row.chip].threads:.0f}",
             "limited_by": what,
-            "waves": f"{row.programs / (chip.count * blocks):.2f}" if blocks else "",
+            "waves": f"{row.programs / together:.2f}" if together else "",
         }
     return line
 
