@@ -125,7 +125,7 @@ def compile_case(op: str, entry: str, case: str, dtype: str, chip: str, cache: s
     triton.knobs.cache.dir = cache
     triton.runtime.driver.set_active(_Driver(chip))
     _device.chip = lambda x: CHIPS[chip].tuning
-    _device.multiprocessors = lambda x: CHIPS[chip].multiprocessors
+    _device.processors = lambda x: CHIPS[chip].multiprocessors
     rows: list[Row] = []
     launch = JITFunction.run
 
