@@ -102,6 +102,14 @@ def _normal_cdf(x):
 
 
 @triton.jit
+def _sigmoid_and_slope(x):
+    """σ(x) and its derivative σ(x) σ(-x), in which 1 - σ(x) would cancel for a large x."""
+    small = tl.exp(-tl.abs(x))
+    large = 1.0 / (1.0 + small)
+    return tl.where(x < 0.0, small * large, large), small * large * large
+
+
+@triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
     """Activation of an fp32 block. tanh is written as a sigmoid: its relative error stays small in the left tail."""
     if ACTIVATION == "gelu":
@@ -121,11 +129,11 @@ def _activation_grad(x, ACTIVATION: tl.constexpr):
         cdf, bell = _normal_cdf(x)
         grad = cdf + x * (0.3989422804014327 * bell)
     elif ACTIVATION == "gelu_tanh":
-        gate = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        grad = gate + x * gate * (1.0 - gate) * (1.5957691216057308 + 0.21406859136 * x * x)
+        gate, slope = _sigmoid_and_slope(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        grad = gate + x * slope * (1.5957691216057308 + 0.21406444881780076 * x * x)
     elif ACTIVATION == "quick_gelu":
-        gate = tl.sigmoid(1.702 * x)
-        grad = gate + 1.702 * x * gate * (1.0 - gate)
+        gate, slope = _sigmoid_and_slope(1.702 * x)
+        grad = gate + 1.702 * x * slope
     else:
         grad = tl.full(x.shape, 1.0, tl.float32)
     return grad

@@ -264,6 +264,7 @@ def grad_input(d, weight, preact=None, activation="none", keep_activated=False):
     keep_activated asks for the second, in the same pass over preact, as the right side of grad_weight; or it is empty.
     """
     activated = torch.empty((d.shape[0], weight.shape[1]) if keep_activated else 0, dtype=d.dtype, device=d.device)
+    preact = None if preact is None else preact.contiguous()
     epilogue = _Epilogue(activation, True, preact=preact, activated=activated if keep_activated else None)
     return _product(d, weight, epilogue), activated
 
@@ -279,7 +280,7 @@ def _product(x, weight, epilogue, norm=None):
     chip = _device.chip(x)
     if norm is None and _tuning.library("input" if epilogue.backward else "forward", chip, x.element_size(), *sizes):
         return _library_product(x, weight, epilogue)
-    aligned = _device.aligned(x, depth, weight.shape[1], x.stride(0), weight.stride(0))
+    aligned = _device.aligned(x, depth, width, x.stride(0), weight.stride(0))
     tile, splits = _tuning.matmul(chip, x.element_size(), *sizes, aligned)
     if tile.DESCRIPTORS:
         epilogue = epilogue.readable()

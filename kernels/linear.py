@@ -69,6 +69,7 @@ def _product_gradient(dy, preact, layer_scale, sample_scale, activation):
     tile, programs = _tuning.product_gradient(width, _device.processors(dy))
     program_rows = triton.cdiv(row_count, programs * tile.BLOCK_M) * tile.BLOCK_M
     grid = triton.cdiv(row_count, program_rows), triton.cdiv(width, tile.BLOCK_N)
+    preact = None if activation == "none" else preact.contiguous()
     sums = activation != "none", activation != "none" and layer_scale is not None
     parts = [torch.empty((grid[0], width), dtype=torch.float32, device=dy.device) if s else None for s in sums]
     with _device.on_device_of(dy):
