@@ -56,6 +56,19 @@ def test_patch_embed(dtype, patch, prefixed_positions):
     assert_close("bare", bare, exact, eager)
 
 
+@each_dtype
+@pytest.mark.parametrize("decoded", [True, False])
+def test_normalised_pixels_are_rounded_once(dtype, decoded):
+    """An identity for a weight gives the pixels themselves."""
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, device=DEVICE)
+    image = pixels.contiguous(memory_format=torch.channels_last) if decoded else pixels
+    weight = torch.eye(48, device=DEVICE, dtype=dtype).view(48, 3, 4, 4)
+    got = patch_embed.forward(image, weight, None, None, None, SCALE, SHIFT)
+    scale, shift = (torch.tensor(values, device=DEVICE).double()[:, None, None] for values in (SCALE, SHIFT))
+    want = patches_of(pixels * scale + shift, (4, 4))
+    assert ((got.double() - want).abs() <= 0.501 * torch.finfo(dtype).eps * want.abs() + 1e-6).all()
+
+
 def gradients(dy, image, weight, prefix, positions):
     """The mathematics of the backward, by the matrix of patches: names and values."""
     total, patches = dy.sum(0), dy[:, prefix:].flatten(0, 1)
@@ -133,6 +146,16 @@ def test_sum_over_patches_in_parts(rows, splits, monkeypatch):
     assert_close("dweight", dweight, want, gradients(dy, image, weight, 0, 0)["dweight"], gradient=True)
 
 
+def test_sum_over_many_patches_is_kept_in_fp32(monkeypatch):
+    choose = _tuning_patches.patches_weight
+    monkeypatch.setattr(_tuning_patches, "patches_weight", lambda *sizes: (choose(*sizes)[0], 1))
+    image, dy = (random(1500, *shape, dtype=torch.bfloat16) for shape in ((3, 4, 4), (1, 20)))
+    weight = torch.randn(20, 3, 4, 4, device=DEVICE).bfloat16()
+    dweight = patch_embed.backward(dy, image, weight, None, None, 0, 0, False)[1]
+    want = gradients(*double(dy, image, weight), 0, 0)["dweight"]
+    assert_close("dweight", dweight, want, gradients(dy, image, weight, 0, 0)["dweight"], gradient=True)
+
+
 def test_parts_follow_from_the_shapes_alone():
     many = _tuning_patches.patches_weight("sm_90", 2, 256 * 196, 768, 768, True)
     assert many[1] == 7  # of 18 tiles each, for 132 cores
@@ -155,12 +178,15 @@ def test_prefix_rows_stay_out_of_the_weight_and_bias():
 
 
 def test_far_strides():
-    """Two images, and two gradients, 2^31 elements apart: two pages are touched, the rest costs no memory."""
-    far = 1 << 31
-    pixels = torch.empty(far + 1024, dtype=torch.uint8, device=DEVICE).as_strided((2, 3, 8, 8), (far, 64, 8, 1))
-    pixels.copy_(torch.randint(0, 256, (2, 3, 8, 8)))
-    dy = torch.empty(far + 1024, dtype=torch.float16, device=DEVICE).as_strided((2, 5, 16), (far, 16, 1))
-    dy.copy_(torch.randn(2, 5, 16))
+    """Three images, and three gradients, 2^30 elements apart: a few pages are touched, the rest costs no memory.
+
+    The strides fit 32 bits, and twice a stride does not.
+    """
+    far = 1 << 30
+    pixels = torch.empty(2 * far + 1024, dtype=torch.uint8, device=DEVICE).as_strided((3, 3, 8, 8), (far, 64, 8, 1))
+    pixels.copy_(torch.randint(0, 256, (3, 3, 8, 8)))
+    dy = torch.empty(2 * far + 1024, dtype=torch.float16, device=DEVICE).as_strided((3, 5, 16), (far, 16, 1))
+    dy.copy_(torch.randn(3, 5, 16))
     weight = torch.randn(16, 3, 4, 4, device=DEVICE).half()
     near = pixels.contiguous()
     parameters = (weight, None, None, weight[:1, 0, 0].repeat(1, 4), SCALE, SHIFT)
