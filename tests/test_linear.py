@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import check, dtypes_of, places
+from harness import check, check_upstreams, dtypes_of, places
 from test_layer_norm import views
 
 import fastvit
 from fastvit import ops
+from fastvit.ops import _contract as contract
 
 PLACES = places("linear")
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "quick_gelu"]
@@ -65,6 +66,91 @@ def test_epilogues(place, activation):
         check(place, dtype, *functions(activation), sample(35, 48, 40))
 
 
+WIDTHS = [64, 192, 384, 768, 1000, 1023, 1024, 1280]
+TOKENS = [1, 2, 15, 16, 17, 50, 64, 65, 127, 129, 196, 197, 198, 256, 257, 577, 1025]
+EPILOGUES = [
+    {},
+    {"bias": False},
+    {"layer_scale": True, "residual": True},
+    {"layer_scale": True, "bias": False},
+    {"residual": True},
+]
+
+
+@pytest.mark.grid(8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("depth", WIDTHS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_widths(width, depth, dtype):
+    """Rows, batch, activation and epilogue take their turns over the grid; where products are large, fewer rows."""
+    turn = WIDTHS.index(width) + 3 * WIDTHS.index(depth) + dtype.itemsize
+    activation = ACTIVATIONS[turn % 4]
+    tokens = TOKENS[turn % (17 if width * depth < 1 << 17 else 13 if width * depth < 1 << 19 else 6)]
+    rows = tokens * ((0, 1, 3)[turn % 3] if tokens < 64 else 1)
+    tensors = sample(rows, depth, width, **EPILOGUES[turn % len(EPILOGUES)])
+    for place in (place.values[0] for place in PLACES if place.values[0].backend == "triton" and not place.marks):
+        check(place, dtype, *functions(activation), tensors)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("place", PLACES)
+def test_drop_path(place, activation, monkeypatch):
+    factors = torch.tensor([0.0, 2.0, 2.0], dtype=torch.float64)
+
+    def drawn(x, rate):
+        assert rate == 0.5
+        return factors.to(x.device, x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+    def fused(**tensors):
+        return ops.linear(**tensors, activation=activation, drop_path=0.5)
+
+    def eager(x, weight, bias, layer_scale, residual):
+        y = activate(F.linear(x, weight, bias), activation)
+        y = (y if layer_scale is None else y * layer_scale) * drawn(x, 0.5)
+        return y if residual is None else residual + y
+
+    monkeypatch.setattr(contract, "drop_path_scale", drawn)
+    for epilogue in ({"layer_scale": True, "residual": True}, {"residual": True}, {"bias": False}):
+        tensors = sample(33, 48, 40, **epilogue)
+        for name in ("x", "residual"):
+            tensors[name] = None if tensors[name] is None else tensors[name].view(3, 11, -1)
+        for dtype in dtypes_of(place):
+            check(place, dtype, fused, eager, tensors)
+
+
+def test_drop_path_draws_as_timm_does():
+    timm = pytest.importorskip("timm")
+    x, weight, residual = torch.randn(64, 3, 8), torch.randn(8, 8), torch.randn(64, 3, 8)
+    for backend in ("reference", "auto"):
+        with fastvit.backend(backend):
+            torch.manual_seed(7)
+            got = ops.linear(x, weight, residual=residual, drop_path=0.3)
+        torch.manual_seed(7)
+        want = residual + timm.layers.DropPath(0.3).train()(F.linear(x, weight))
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_drop_path_needs_no_fallback(caplog):
+    """The CPU's kernels have no such epilogue: the factor is applied beside them, and nobody is warned."""
+    if not fastvit.is_available("cpu"):
+        pytest.skip("GPU: the CPU's kernels are not built")
+    x, weight = torch.randn(4, 8), torch.randn(6, 8)
+    with fastvit.backend("cpu"):
+        assert ops.linear(x, weight, drop_path=0.5).shape == (4, 6)
+    assert ops.linear(x, weight, drop_path=0.5).shape == (4, 6)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("place", PLACES)
+def test_incoming_gradients(place, activation):
+    tensors = sample(24, 24, 16, layer_scale=True, residual=True)
+    tensors |= {name: tensors[name].view(3, 8, -1) for name in ("x", "residual")}
+    fused, _ = functions(activation)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_upstreams(place, dtype, fused, tensors, exact=place.backend == "triton")
+
+
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize("place", PLACES)
 def test_sums_over_many_rows_are_wide(place, activation):
@@ -97,7 +183,7 @@ def test_activation_far_out(place, activation):
         y = ops.linear(x, torch.ones(16, 1, device=place.device), activation=activation)[:, 0].cpu().double()
     want = activate(x[:, 0].cpu().double(), activation)
     assert torch.isfinite(y).all()
-    tail = 1e-9 if place.backend == "cpu" else 5e-7  # 1 + erf cancels in the left tail, in torch's own kernel too
+    tail = 5e-7 if place.backend == "reference" else 1e-9  # 1 + erf cancels in the left tail in torch's own kernel
     assert torch.allclose(y, want, rtol=2e-3, atol=tail)
 
 
@@ -150,6 +236,8 @@ X, W = torch.randn(3, 8), torch.randn(5, 8)
         (ValueError, r"residual must have shape \(3, 5\)", lambda: ops.linear(X, W, residual=X)),
         (ValueError, "activation must be None or one of", lambda: ops.linear(X, W, activation="relu")),
         (TypeError, "floating-point", lambda: ops.linear(X.int(), W)),
+        (ValueError, r"drop_path must be in \[0, 1\), got 1", lambda: ops.linear(X, W, drop_path=1)),
+        (ValueError, "needs x to have a batch dimension", lambda: ops.linear(X[0], W, drop_path=0.5)),
     ],
 )
 def test_bad_calls(error, words, call):
