@@ -65,10 +65,14 @@ BYTE_DEPTH = 32
 SPLIT_PATCHES = 256
 # Sums in registers that leave a core room for one program; of smaller tiles it runs several.
 CORE_SUMS = 128 * 256
-# 16 numbers a thread on their way at once, or addresses of single ones spill; 768 columns make three programs a token,
-# which have 36 KB under way on a core of 132. Of the parts of a weight's gradient nearly all are read at once.
+# 16 numbers a thread on their way at once, or addresses of single ones spill. 768 columns make three programs a token,
+# which have 36 KB under way on each of 132 cores.
 TOKENS_SUM = PatchSum(16, 256, num_warps=8)
+# Few rows are the parts of a weight's gradient: all are read at once.
 PARTS_SUM = PatchSum(8, 512, num_warps=8)
+# Few columns in all are the bias: 196 tokens in two steps, of 768 columns in 24 programs.
+BIAS_SUM = PatchSum(128, 32, num_warps=8)
+FEW_COLUMNS = 8192
 
 
 def patches(
@@ -88,8 +92,11 @@ def patches_weight(
     return tile, max(1, min(programs // _count(tile, width, depth), row_count // SPLIT_PATCHES))
 
 
-def patches_sum(of_parts: bool) -> PatchSum:
-    return PARTS_SUM if of_parts else TOKENS_SUM
+def patches_sum(groups: int, row_count: int, width: int) -> PatchSum:
+    """Tile for the sums over row_count rows of each group."""
+    if row_count <= PARTS_SUM.BLOCK_M:
+        return PARTS_SUM
+    return BIAS_SUM if groups * width <= FEW_COLUMNS else TOKENS_SUM
 
 
 def _count(tile: PatchProduct, row_count: int, width: int) -> int:

@@ -228,7 +228,7 @@ def _patch_embed_bwd_image_kernel(
 def _patch_embed_bwd_sum_kernel(
     x_ptr, sum_ptr, M, D, stride_xg, stride_xm, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """sum[group] = Σ x[group, m] over the M rows of each group, in fixed order."""
+    """sum[group] = Σ x[group, m] over the M rows of the group, in fixed order."""
     bands = tl.cdiv(D, BLOCK_D)
     group = tl.program_id(0) // bands
     column = (tl.program_id(0) % bands * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]  # [1, BLOCK_D]
@@ -309,12 +309,12 @@ def backward(dy, image, weight, pixel_scale, pixel_shift, positions, prefix, ima
     return dimage, _grad_weight(dpatches, image, weight, pixel_scale, pixel_shift), dbias, dpos_embed, dprefix
 
 
-def _sum(x, dtype, of_parts=False):
+def _sum(x, dtype):
     """x (G, M, D) summed over M."""
     groups, rows, width = x.shape
     total = torch.empty((groups, width), dtype=dtype, device=x.device)
     if total.numel():
-        tile = _tuning_patches.patches_sum(of_parts)
+        tile = _tuning_patches.patches_sum(groups, rows, width)
         with _device.on_device_of(x):
             _patch_embed_bwd_sum_kernel[(groups * triton.cdiv(width, tile.BLOCK_D),)](
                 x, total, rows, width, *x.stride()[:2], WIDE=_wide(x), **vars(tile)
@@ -344,7 +344,7 @@ def _grad_weight(dpatches, image, weight, pixel_scale, pixel_shift):
             C=channels, P=patch_height, Q=patch_width, PATCHES=patches, PATCHES_WIDE=image.shape[3] // patch_width,
             WIDE=_wide(dpatches, image), **vars(tile),
         )  # fmt: skip
-    dweight = _sum(partials.view(1, splits, -1), weight.dtype, of_parts=True).view(partials.shape[1:])
+    dweight = _sum(partials.view(1, splits, -1), weight.dtype).view(partials.shape[1:])
     return dweight.permute(0, 3, 1, 2).contiguous() if channels_last else dweight
 
 

@@ -134,6 +134,19 @@ def test_every_tile_gives_the_same(tile, monkeypatch):
         assert_close(name, actual, exact[name], eager[name], gradient=True)
 
 
+@pytest.mark.parametrize("tile", ["TOKENS_SUM", "PARTS_SUM", "BIAS_SUM"])
+@pytest.mark.parametrize("images", [1, 19])
+def test_every_tile_of_sums(tile, images, monkeypatch):
+    """Fewer rows than the tile has and more, and a last band of columns that is not full."""
+    monkeypatch.setattr(_tuning_patches, "patches_sum", lambda *_: getattr(_tuning_patches, tile))
+    image, dy = random(images, 1, 4, 6, dtype=torch.float32), random(images, 5, 300, dtype=torch.float32)
+    weight = torch.randn(300, 1, 2, 3, device=DEVICE)
+    got = run(patch_embed, dy, image, weight, None, None, 4, 1, False, entry="backward")
+    exact, eager = gradients(*double(dy, image, weight), 1, 4), gradients(dy, image, weight, 1, 4)
+    for name, actual in list(zip(exact, got, strict=True))[1:]:
+        assert_close(name, actual, exact[name], eager[name], gradient=True)
+
+
 @pytest.mark.parametrize(("rows", "splits"), [(1, 1), (16, 1), (17, 2), (100, 4), (100, 40)])
 def test_sum_over_patches_in_parts(rows, splits, monkeypatch):
     """Also parts of one row, and more parts than there are blocks of rows."""
@@ -156,12 +169,15 @@ def test_sum_over_many_patches_is_kept_in_fp32(monkeypatch):
     assert_close("dweight", dweight, want, gradients(dy, image, weight, 0, 0)["dweight"], gradient=True)
 
 
-def test_parts_follow_from_the_shapes_alone():
+def test_tiles_and_parts_follow_from_the_shapes_alone():
     many = _tuning_patches.patches_weight("sm_90", 2, 256 * 196, 768, 768, True)
     assert many[1] == 7  # of 18 tiles each, for 132 cores
     assert _tuning_patches.patches_weight("sm_90", 2, 196, 768, 768, True)[1] == 1
     assert _tuning_patches.patches("sm_90", 2, 256 * 196, 768, True).BLOCK_N == 256
     assert _tuning_patches.patches("sm_90", 2, 196, 768, True).BLOCK_M == 64
+    assert _tuning_patches.patches_sum(197, 256, 768) is _tuning_patches.TOKENS_SUM
+    assert _tuning_patches.patches_sum(1, 196, 768) is _tuning_patches.BIAS_SUM
+    assert _tuning_patches.patches_sum(1, 7, 768 * 768) is _tuning_patches.PARTS_SUM
 
 
 def test_prefix_rows_stay_out_of_the_weight_and_bias():
