@@ -67,7 +67,7 @@ def sample(dtype, rows, depth, width, scaled=True):
     return (x, weight, bias, *((scale, residual, factors) if scaled else (None, None, None)))
 
 
-@pytest.mark.grid(30)
+@pytest.mark.grid(20)
 @each_dtype
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "depth", "width"), [(1, 1, 1), *ROWS])
@@ -79,7 +79,7 @@ def test_forward(way, dtype, activation, rows, depth, width):
     assert_close("y", y, exact[1], eager[1])
 
 
-@pytest.mark.grid(10)
+@pytest.mark.grid(6)
 @each_dtype
 @pytest.mark.parametrize(("rows", "depth", "width"), ROWS)
 def test_bare_forward(way, dtype, rows, depth, width):
@@ -98,7 +98,7 @@ def gradients(activation, dy, tensors):
     return [None if leaf is None else next(grads) for leaf in leaves]
 
 
-@pytest.mark.grid(40)
+@pytest.mark.grid(24)
 @each_dtype
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
@@ -145,7 +145,7 @@ def test_gradients_of_small_scales_survive(dtype):
         assert_close("gradient", g.float() * factor, w * factor, b.float() * factor, gradient=True)
 
 
-@pytest.mark.grid(8)
+@pytest.mark.grid(5)
 @each_dtype
 @pytest.mark.parametrize(("rows", "depth", "width"), ROWS)
 def test_layer_norm_on_the_way(way, dtype, rows, depth, width):
@@ -175,7 +175,7 @@ def test_layer_norm_on_the_way(way, dtype, rows, depth, width):
     assert nothing.numel() == 0
 
 
-@pytest.mark.grid(8)
+@pytest.mark.grid(4)
 @each_dtype
 def test_gradient_of_an_activation_and_the_activation(way, dtype):
     d, weight = random(66, 72, dtype=dtype), random(72, 136, dtype=dtype, scale=72**-0.5)
@@ -189,7 +189,7 @@ def test_gradient_of_an_activation_and_the_activation(way, dtype):
     assert_close("activated", activated, exact, eager)
 
 
-@pytest.mark.grid(8)
+@pytest.mark.grid(4)
 @each_dtype
 def test_two_runs_are_bit_equal(way, dtype):
     tensors = sample(dtype, 51, 40, 72)
@@ -202,7 +202,7 @@ def test_two_runs_are_bit_equal(way, dtype):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.grid(20)
+@pytest.mark.grid(12)
 @each_dtype
 @pytest.mark.parametrize(("rows", "depth", "width"), [(0, 8, 16), (6, 0, 16), (6, 8, 0), (0, 0, 0)])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
