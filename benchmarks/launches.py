@@ -167,7 +167,7 @@ def _norm_mlp() -> Iterator[Launch]:
         (20000, 256, 1024, "full", True, "gelu_tanh"),
         (1000, 65537, 3072, "bare", False, "quick_gelu"),
         (1000, 768, 3072, "full", True, "gelu"),
-        (1001, 59, 131, "full", True, "quick_gelu"),
+        (1001, 1023, 131, "full", True, "quick_gelu"),
     ):
         arguments = forward(rows, width, hidden, kind, keep, activation)
         yield Launch("norm_mlp", "forward", f"{kind} {rows} x {width}", arguments)
@@ -226,10 +226,14 @@ def _attention() -> Iterator[Launch]:
         (2, 577, 128, ""),
         (2, 257, 256, ""),
         (2, 50, 64, "additive"),
-        (2, 577, 59, "bool dropout"),
+        (2, 197, 64, "bool"),
+        (2, 197, 64, "dropout"),
+        (2, 577, 59, "bool"),
         (2, 577, 80, "additive causal norm"),
-        (2, 257, 256, "bool norm dropout"),
+        (2, 129, 128, "bool norm dropout"),
+        (2, 257, 256, "bool"),
         (2, 300, 128, "varlen dropout"),
+        (2, 729, 72, ""),
     ):
         label = f"{keys} x {head_dim} {kind}".strip() + " few" * (batch == 2 and not kind and keys == 197)
         case = (batch, keys, head_dim, kind)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from . import _tuning_matmul
 from ._tuning_attention import (
     MAX_HEAD_DIM as MAX_HEAD_DIM,
+    MAX_NORMED_HEAD_DIM as MAX_NORMED_HEAD_DIM,
     _tail as _tail,
     score_gradients as score_gradients,
     score_gradients_of_queries as score_gradients_of_queries,
@@ -172,10 +173,6 @@ FOLD_SHARE = 0.25
 FOLD = Fold(4, 512, num_warps=8)
 # Four loads of 16 bytes a thread in 16 bits.
 ELEMENTS = 4096
-# What a weight's gradient reads is made once, not on every load, if more than so many tiles of it load it. On an H200
-# the way to memory and back takes 0.9 ps an element, GELU (20-30 instructions) about as long and LayerNorm (6) 0.2 ps.
-ACTIVATE_ONCE = 1
-NORMALISE_ONCE = 4
 
 
 def _power_of_two(number: int) -> int:
@@ -246,11 +243,6 @@ def fused_mlp(chip: str, itemsize: int, row_count: int, width: int, hidden: int)
 def folds(row_count: int, hidden: int, width: int) -> bool:
     """Whether LayerNorm's weight is worth folding into fc1 (hidden, width) for this many rows."""
     return 0 < 2 * hidden * width <= FOLD_SHARE * row_count * (hidden + width)
-
-
-def made_once(columns: int, most_tiles: int) -> bool:
-    """Whether the tiles of a weight's gradient along these columns are more than most_tiles."""
-    return columns > 128 * most_tiles
 
 
 def elements(width: int) -> Elements:
