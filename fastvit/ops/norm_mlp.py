@@ -241,11 +241,11 @@ def norm_mlp(
             return _add_branch(x, linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale), residual, drop_path)
         return linear(hidden, fc2_weight, fc2_bias, layer_scale=layer_scale, residual=x if residual else None)
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    options = {"activation": activation, "layer_scale": layer_scale}
-    args = prepare_norm_mlp(*tensors, eps, **options, residual=residual)
+    args = prepare_norm_mlp(*tensors, eps, activation=activation, layer_scale=layer_scale, residual=residual)
     if drop_path > 0.0:
         if not _fuses_drop_path(args, x):
-            return _add_branch(x, norm_mlp(*tensors, eps, **options, residual=False), residual, drop_path)
+            branch = norm_mlp(*tensors, eps, activation=activation, layer_scale=layer_scale, residual=False)
+            return _add_branch(x, branch, residual, drop_path)
         args = (*args[:-1], contract.drop_path_scale(x, drop_path).view(-1))
     backend = backends.select("norm_mlp", *args)
     y = reference(*args) if backend == "reference" else _op(*args, backend)[0]
