@@ -59,6 +59,18 @@ def _sequence(b, N, S, longest, cu_seqlens_ptr):
 
 
 @triton.jit
+def _in_elements(strides, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """Strides that came in units of 16 bytes: the compiler looks for multiples of 16, and a head of 72 is none."""
+    elements = ()
+    for i in tl.static_range(3):
+        stride = strides[i]
+        if WIDE:
+            stride = tl.cast(stride, tl.int64)
+        elements = elements + (stride * UNIT,)
+    return elements
+
+
+@triton.jit
 def _head(pointer, stride, batch, h, first):
     """Start of a head's rows, from the strides of (batch, head, token)."""
     return pointer + batch * stride[0] + h * stride[1] + first * stride[2]

@@ -14,6 +14,7 @@ from ._attention import (
     _add_product,
     _columns,
     _head,
+    _in_elements,
     _load_pieces,
     _load_rows,
     _normed,
@@ -94,10 +95,18 @@ def _attention_bwd_kernel(
     cu_seqlens_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr,
     dq_weight_ptr, dq_bias_ptr, dk_weight_ptr, dk_bias_ptr, q_eps, k_eps, scale, dropout, H, N, S, longest,
     stride_q, stride_k, stride_v, stride_mask, stride_out, stride_dout, stride_dq, stride_dk, stride_dv,
-    E: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr, ONE_PASS: tl.constexpr,
-    BLOCK_M: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr, WIDTHS: tl.constexpr,
+    E: tl.constexpr, UNIT: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    ONE_PASS: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr, WIDTHS: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys; in one pass these are all keys of the head, and dQ is complete as well."""
+    stride_q = _in_elements(stride_q, UNIT, WIDE)
+    stride_k = _in_elements(stride_k, UNIT, WIDE)
+    stride_v = _in_elements(stride_v, UNIT, WIDE)
+    stride_out = _in_elements(stride_out, UNIT, WIDE)
+    stride_dout = _in_elements(stride_dout, UNIT, WIDE)
+    stride_dq = _in_elements(stride_dq, UNIT, WIDE)
+    stride_dk = _in_elements(stride_dk, UNIT, WIDE)
+    stride_dv = _in_elements(stride_dv, UNIT, WIDE)
     blocks = 1
     if not ONE_PASS:
         blocks = tl.cdiv(longest, PIECES[0])
@@ -219,10 +228,16 @@ def _attention_bwd_q_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, seed_ptr, cu_seqlens_ptr,
     q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr, dq_weight_ptr, dq_bias_ptr, q_eps, k_eps, scale, dropout,
     H, N, S, longest, stride_q, stride_k, stride_v, stride_mask, stride_out, stride_dout, stride_dq,
-    E: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    E: tl.constexpr, UNIT: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, TILE: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr, WIDTHS: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of rows, and Σ_e dO O of its rows for the kernel of dK and dV."""
+    stride_q = _in_elements(stride_q, UNIT, WIDE)
+    stride_k = _in_elements(stride_k, UNIT, WIDE)
+    stride_v = _in_elements(stride_v, UNIT, WIDE)
+    stride_out = _in_elements(stride_out, UNIT, WIDE)
+    stride_dout = _in_elements(stride_dout, UNIT, WIDE)
+    stride_dq = _in_elements(stride_dq, UNIT, WIDE)
     blocks = tl.cdiv(longest, BLOCK_M)
     start = (tl.program_id(0) % blocks) * BLOCK_M
     b = (tl.program_id(0) // blocks // H).to(tl.int64)

@@ -17,6 +17,7 @@ from . import _device, _tuning
 from ._attention import (
     _add_product,
     _head,
+    _in_elements,
     _kept,
     _load_pieces,
     _load_rows,
@@ -121,11 +122,15 @@ def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, lse_ptr, seed_ptr, cu_seqlens_ptr,
     q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr, q_eps, k_eps, scale, dropout, H, N, S, longest,
     stride_q, stride_k, stride_v, stride_mask, stride_out,
-    E: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr, ONE_PASS: tl.constexpr,
-    BLOCK_M: tl.constexpr, ROW_TILES: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, PIECES: tl.constexpr,
-    FULL: tl.constexpr, WIDTHS: tl.constexpr,
+    E: tl.constexpr, UNIT: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WIDE: tl.constexpr,
+    ONE_PASS: tl.constexpr, BLOCK_M: tl.constexpr, ROW_TILES: tl.constexpr, HEADS: tl.constexpr,
+    TILE: tl.constexpr, PIECES: tl.constexpr, FULL: tl.constexpr, WIDTHS: tl.constexpr,
 ):  # fmt: skip
     """A program takes ROW_TILES tiles of rows, of HEADS heads; a stride is that of (batch, head, token[, key])."""
+    stride_q = _in_elements(stride_q, UNIT, WIDE)
+    stride_k = _in_elements(stride_k, UNIT, WIDE)
+    stride_v = _in_elements(stride_v, UNIT, WIDE)
+    stride_out = _in_elements(stride_out, UNIT, WIDE)
     groups = tl.cdiv(longest, BLOCK_M * ROW_TILES)
     for i in range(HEADS):
         head = (tl.program_id(0) * HEADS + i) // groups
@@ -202,29 +207,38 @@ def why_not(
 ) -> str | None:  # fmt: skip
     if q.shape[-1] > _tuning.MAX_HEAD_DIM:
         return f"triton: attention takes head dims up to {_tuning.MAX_HEAD_DIM}, got {q.shape[-1]}"
+    if (q_eps is not None or k_eps is not None) and q.shape[-1] > _tuning.MAX_NORMED_HEAD_DIM:
+        return f"triton: attention normalises heads of up to {_tuning.MAX_NORMED_HEAD_DIM}, got {q.shape[-1]}"
     return _device.why_not(q)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What the choice of tiles depends on. rows and keys: the most of a sequence; heads: those of all sequences."""
+    """What the choice of tiles depends on.
+
+    rows and keys: the most of a sequence; heads: those of all sequences; cores: the chip's multiprocessors; ragged:
+    sequences differ in length; norm: of queries or keys; costly: a score needs more than its product, or rows are not
+    read 16 bytes at a time.
+    """
 
     rows: int
     keys: int
     heads: int
-    mask: str
+    cores: int
     ragged: bool
-    lean: bool  # a score needs nothing but its product, and rows are read 16 bytes at a time
+    norm: bool
+    costly: bool
 
     @classmethod
-    def of(cls, q, k, v, mask, dropout, q_eps, k_eps, cu_seqlens, max_seqlen):
-        kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
+    def of(cls, q, k, v, mask, causal, dropout, q_eps, k_eps, cu_seqlens, max_seqlen):
         aligned = _device.aligned(q, q.shape[3], *(s for t in (q, k, v) for s in t.stride()[:3]))
-        lean = aligned and mask is None and dropout == 0 and q_eps is None and k_eps is None
+        norm = q_eps is not None or k_eps is not None
+        costly = not aligned or mask is not None or causal or dropout > 0
+        cores = _device.processors(q)
         if cu_seqlens is None:
-            return cls(q.shape[2], k.shape[2], q.shape[0] * q.shape[1], kind, False, lean)
+            return cls(q.shape[2], k.shape[2], q.shape[0] * q.shape[1], cores, False, norm, costly)
         longest = min(max_seqlen, q.shape[2])
-        return cls(longest, longest, (cu_seqlens.shape[0] - 1) * q.shape[1], kind, True, lean)
+        return cls(longest, longest, (cu_seqlens.shape[0] - 1) * q.shape[1], cores, True, norm, costly)
 
 
 def forward(
@@ -234,18 +248,18 @@ def forward(
     batch, heads, tokens, head_dim = q.shape
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
-    call = _Call.of(q, k, v, mask, dropout, q_eps, k_eps, cu_seqlens, max_seqlen)
+    call = _Call.of(q, k, v, mask, causal, dropout, q_eps, k_eps, cu_seqlens, max_seqlen)
     if call.rows == 0 or call.heads == 0:
         return out, lse
     tile = _tuning.scores(_device.chip(q), q.element_size(), head_dim, call)
-    strides = _strides(q, k, v, mask, out.transpose(1, 2))
+    wide, unit, strides = _strides(q, k, v, mask, out.transpose(1, 2))
     programs = call.heads * triton.cdiv(call.rows, tile.BLOCK_M * tile.ROW_TILES) // tile.HEADS
     with _device.on_device_of(q):
         _attention_fwd_kernel[(programs,)](
             q, k, v, mask, out, lse, seed if dropout else None, cu_seqlens,
             q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias, q_eps, k_eps, scale * LOG2E.value, dropout,
             heads, tokens, k.shape[2], call.rows, *strides,
-            E=head_dim, MASK=call.mask, CAUSAL=causal, WIDE=_device.wide(sum(strides, ())), **vars(tile),
+            E=head_dim, UNIT=unit, MASK=_mask_kind(mask), CAUSAL=causal, WIDE=wide, **vars(tile),
         )  # fmt: skip
     return out, lse
 
@@ -256,7 +270,7 @@ def backward(
 ):  # fmt: skip
     """Write dq, dk, dv; returns the gradients of the norms' parameters, None where there is no parameter."""
     norms = (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
-    call = _Call.of(q, k, v, mask, dropout, q_eps, k_eps, cu_seqlens, max_seqlen)
+    call = _Call.of(q, k, v, mask, causal, dropout, q_eps, k_eps, cu_seqlens, max_seqlen)
     if call.rows == 0 or call.keys == 0 or call.heads == 0:
         for grad in (dq, dk, dv):
             grad.zero_()
@@ -271,10 +285,9 @@ def backward(
         None if p is None else torch.empty((count, head_dim), dtype=torch.float32, device=q.device)
         for p, count in zip(norms, (q_programs, q_programs, programs, programs), strict=True)
     ]
-    q_strides = _strides(q, k, v, mask, out.transpose(1, 2), dout.transpose(1, 2), dq)
-    strides = (*q_strides, dk.stride()[:3], dv.stride()[:3])
+    wide, unit, strides = _strides(q, k, v, mask, out.transpose(1, 2), dout.transpose(1, 2), dq, dk, dv)
     sizes = (scale, dropout, heads, tokens, k.shape[2])
-    shared = {"E": head_dim, "MASK": call.mask, "CAUSAL": causal, "WIDE": _device.wide(sum(strides, ()))}
+    shared = {"E": head_dim, "UNIT": unit, "MASK": _mask_kind(mask), "CAUSAL": causal, "WIDE": wide}
     seed = seed if dropout else None
     with _device.on_device_of(q):
         delta = None
@@ -282,7 +295,7 @@ def backward(
             delta = torch.empty_like(lse)
             _attention_bwd_q_kernel[(q_programs,)](
                 q, k, v, mask, out, dout, lse, delta, dq, seed, cu_seqlens, *norms, *sums[:2], q_eps, k_eps,
-                *sizes, call.rows, *q_strides, **shared, **vars(q_tile),
+                *sizes, call.rows, *strides[:7], **shared, **vars(q_tile),
             )  # fmt: skip
         _attention_bwd_kernel[(programs,)](
             q, k, v, mask, out, dout, lse, delta, dq, dk, dv, seed, cu_seqlens, *norms, *sums, q_eps, k_eps,
@@ -291,7 +304,18 @@ def backward(
     return [None if p is None else part.sum(0).to(p.dtype) for p, part in zip(norms, sums, strict=True)]
 
 
+def _mask_kind(mask):
+    return "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
+
+
 def _strides(q, k, v, mask, *others):
-    """(batch, head, token) of the (B, H, N, E) views, (batch, head, token, key) of the mask."""
+    """Whether offsets need 64 bits, elements of a unit, and in units (batch, head, token) of the (B, H, N, E) views;
+    after v's (batch, head, token, key) of the mask, in elements."""
     rows = [t.stride()[:3] for t in (q, k, v, *others)]
-    return (*rows[:3], (0, 0, 0, 0) if mask is None else mask.stride(), *rows[3:])
+    masks = (0, 0, 0, 0) if mask is None else mask.stride()
+    flat = sum(rows, ())
+    unit = 16 // q.element_size()
+    if all(stride % 16 == 0 for stride in flat) or any(stride % unit for stride in flat):
+        unit = 1  # the compiler sees for itself, or there is nothing to see
+    units = [tuple(stride // unit for stride in strides) for strides in rows]
+    return _device.wide((*flat, *masks)), unit, (*units[:3], masks, *units[3:])

@@ -1,17 +1,18 @@
-"""The attention launcher: what it reads and writes, tails, tiles, masks."""
+"""The attention launchers: what they read and write, tails, tiles, masks."""
 
 import dataclasses
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from arena import DEVICE, arena, double, each_dtype, random, run
+from arena import DEVICE, DTYPES, arena, double, each_dtype, random, run
 from tolerances import assert_close
 
 pytest.importorskip("triton")
 
-from fastvit.kernels import _tuning, attention
+from fastvit.kernels import _device, _tuning, _tuning_attention, attention
 
 
 def attend(q, k, v, mask=None, causal=False):
@@ -26,23 +27,91 @@ def packed(batch, tokens, heads, head_dim, dtype):
     )
 
 
+def gradients(function, tensors, dout):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    return torch.autograd.grad(function(*leaves), leaves, dout)
+
+
+def check(q, k, v, mask=None, causal=False):
+    """Forward and backward against fp64, with out and its gradient in rows padded by NaN, gradients packed as qkv."""
+    scale, rest = q.shape[-1] ** -0.5, (mask, causal, q.shape[-1] ** -0.5)
+    out, lse = run(attention, q, k, v, *rest)
+    wide = mask.double() if mask is not None and mask.is_floating_point() else mask
+    exact = functools.partial(attend, mask=wide, causal=causal)
+    eager = functools.partial(attend, mask=mask, causal=causal)
+    assert_close("out", out, exact(*double(q, k, v)), eager(q, k, v))
+    if mask is None and not causal:
+        scores = torch.logsumexp(q.double() @ k.double().mT * scale, dim=-1)
+        torch.testing.assert_close(lse.double(), scores, rtol=1e-5, atol=1e-5)
+    dout = arena(torch.randn(out.shape).to(q.dtype))
+    grads = [arena(torch.full(t.shape, math.nan, dtype=t.dtype)) for t in (q, k, v)]
+    assert run(attention, dout, q, k, v, arena(out), lse, *grads, *rest, entry="backward") == [None] * 4
+    want, base = gradients(exact, double(q, k, v), dout.double()), gradients(eager, (q, k, v), dout)
+    for name, grad, w, e in zip("qkv", grads, want, base, strict=True):
+        assert_close(f"d{name}", grad, w, e, gradient=True)
+        assert int(grad._base.isfinite().sum()) == grad.numel(), "written beyond the rows of a gradient"
+
+
+TOKENS = (1, 2, 15, 16, 17, 50, 64, 65, 127, 129, 196, 197, 198, 256, 257, 577, 1025)
+HEAD_DIMS = (16, 32, 48, 59, 64, 72, 80, 96, 128)
+GRID = [(n, e, (1, 3)[i % 2]) for i, (n, e) in enumerate((n, e) for n in TOKENS[:-2] for e in HEAD_DIMS)]
+
+
+@pytest.mark.grid(11)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(("tokens", "head_dim", "batch"), GRID)
+def test_grid(dtype, tokens, head_dim, batch):
+    check(*packed(batch, tokens, 1, head_dim, dtype))
+
+
+@pytest.mark.grid(1)
+@pytest.mark.parametrize("tokens", TOKENS[-2:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_grid_of_many_tokens(dtype, tokens, head_dim):
+    check(*packed(1, tokens, 1, head_dim, dtype))
+
+
 @each_dtype
-@pytest.mark.parametrize(
-    ("tokens", "head_dim"), [(1, 16), (17, 59), (64, 64), (197, 64), (130, 80), (300, 32), (20, 256)]
-)
+@pytest.mark.parametrize(("tokens", "head_dim"), [(17, 59), (197, 64), (130, 80), (20, 256), (40, 200)])
 def test_attention(dtype, tokens, head_dim):
-    q, k, v = packed(2, tokens, 2, head_dim, dtype)
-    scale = head_dim**-0.5
-    out, lse = run(attention, q, k, v, None, False, scale)
-    assert_close("out", out, attend(*double(q, k, v)), attend(q, k, v))
-    exact = torch.logsumexp(q.double() @ k.double().mT * scale, dim=-1)
-    torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=1e-5)
-    out, _ = run(attention, q, k, v, None, True, scale)
-    assert_close("causal", out, attend(*double(q, k, v), causal=True), attend(q, k, v, causal=True))
-    mask = random(2, 1, 1, tokens, dtype=dtype).expand(2, 2, tokens, tokens)
-    q = random(2, 2, tokens, head_dim, dtype=dtype)  # its own rows end in NaN, those of a packed q in k
-    out, _ = run(attention, q, k, v, mask, False, scale)
-    assert_close("additive", out, attend(*double(q, k, v, mask)), attend(q, k, v, mask))
+    check(*packed(1, tokens, 2, head_dim, dtype))
+
+
+@each_dtype
+def test_masks(dtype):
+    tokens = 70
+    q, k, v = packed(2, tokens, 2, 32, dtype)
+    check(q, k, v, causal=True)
+    q = random(2, 2, tokens, 32, dtype=dtype)  # its own rows end in NaN, those of a packed q in k
+    check(q, k, v, random(2, 1, 1, tokens, dtype=dtype).expand(2, 2, tokens, tokens))
+    check(q, k, v, (torch.rand(2, 1, tokens, tokens, device=DEVICE) > 0.5).expand(2, 2, -1, -1))
+
+
+@each_dtype
+def test_many_heads_share_a_program(dtype):
+    for tokens in (5, 50):
+        choice = _tuning.scores(_device.chip(torch.zeros(1)), dtype.itemsize, 16, call(rows=tokens, heads=32))
+        assert (choice.HEADS > 1) == (dtype.itemsize == 2 or tokens == 5)
+        check(*packed(2, tokens, 16, 16, dtype))
+
+
+def call(rows, heads, keys=None):
+    return attention._Call(rows, keys or rows, heads, cores=2, ragged=False, norm=False, costly=False)
+
+
+def test_keys_are_cut_with_little_padding():
+    for keys in range(1, 1100):
+        cut = _tuning_attention.pieces(keys)
+        assert len(cut) <= 3
+        assert all(size >= 16 and size & (size - 1) == 0 for size in cut)
+        assert keys <= sum(cut) <= max(16, 1.34 * keys + 16)
+    assert [_tuning_attention.pieces(n) for n in (197, 50, 65, 257)] == [(128, 64, 16), (64,), (64, 16), (256, 16)]
+    for width in range(1, 257):
+        cut = _tuning_attention.widths(width)
+        assert len(cut) <= 2
+        assert width <= sum(cut) <= max(16, 1.5 * width + 8)
+        assert len(cut) == 1 or cut[0] < width
 
 
 @each_dtype
@@ -100,3 +169,56 @@ def test_rows_that_an_additive_mask_closes_are_zero():
     assert bool((out[:, 7] == 0).all())
     assert int((lse == -math.inf).sum()) == 1
     assert bool(out.isfinite().all())
+    grads = [torch.full_like(q, math.nan) for _ in range(3)]
+    run(attention, torch.ones_like(out), q, k, v, out, lse, *grads, mask, False, 0.25, entry="backward")
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    assert bool((grads[0][:, :, 7] == 0).all())
+
+
+@each_dtype
+@pytest.mark.parametrize("tokens", [20, 90])
+def test_a_hidden_key_is_invisible_to_the_gradients_of_others(dtype, tokens):
+    q, k, v = packed(1, tokens, 1, 32, dtype)
+    mask = torch.rand(1, 1, tokens, tokens, device=DEVICE) > 0.5
+    mask[..., 3], mask[..., 5, 3], mask[..., 0] = False, True, True
+    rest = (mask, False, 0.2)
+    plain = [torch.zeros_like(q) for _ in range(3)]
+    clean = mask.clone()
+    clean[..., 3] = False
+    dout = random(1, tokens, 1, 32, dtype=dtype)
+    attention.backward(dout, q, k, v, *attention.forward(q, k, v, clean, *rest[1:]), *plain, clean, *rest[1:])
+    k[:, :, 3], v[:, :, 3] = math.nan, math.inf
+    grads = [torch.zeros_like(q) for _ in range(3)]
+    attention.backward(dout, q, k, v, *attention.forward(q, k, v, *rest), *grads, *rest)
+    others = torch.arange(tokens, device=DEVICE) != 5
+    assert torch.equal(grads[0][:, :, others], plain[0][:, :, others])
+    assert bool(grads[0][:, :, 5].isnan().all())
+
+
+@each_dtype
+def test_backward_in_one_pass_is_backward_in_tiles(dtype, monkeypatch):
+    q, k, v = packed(1, 60, 2, 32, dtype)
+    one, tiles = _tuning.score_gradients, {"BLOCK_M": 16, "PIECES": (32,), "FULL": 0, "num_warps": 4}
+    for one_pass in (True, False):
+        choice = {**tiles, "PIECES": (64,) if one_pass else (32,), "ONE_PASS": one_pass}
+        monkeypatch.setattr(_tuning, "score_gradients", lambda *a, _c=choice: dataclasses.replace(one(*a), **_c))
+        check(q, k, v)
+        check(q, k, v, causal=True)
+
+
+@each_dtype
+def test_other_number_of_keys(dtype):
+    for tokens, keys in ((5, 70), (70, 5), (19, 40)):
+        q = random(2, 1, tokens, 32, dtype=dtype)
+        check(q, *(random(2, 1, keys, 32, dtype=dtype) for _ in range(2)))
+
+
+def test_lengths_that_lie_stay_inside_the_tensors():
+    """The host never reads cu_seqlens: a wrong one may give wrong rows, but no access outside."""
+    qkv = random(1, 40, 3 * 2 * 16, dtype=torch.float32).unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    for lengths in ([0, 400], [-7, 20, 10, 41], [39, 0, 100]):
+        cu_seqlens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+        rest = (None, False, 0.25, 0.0, *[None] * 7, cu_seqlens, 30)
+        out, lse = run(attention, *qkv, *rest)
+        grads = [arena(torch.zeros(t.shape)) for t in qkv]
+        run(attention, torch.ones_like(out), *qkv, out.nan_to_num(), lse.nan_to_num(), *grads, *rest, entry="backward")
