@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import importlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -201,21 +202,22 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 PAIRS = [(dtype, chip) for dtype in DTYPES for chip in CHIPS]
-# fp16 compiles as bf16 does, and fp32, off the matrix unit, much alike on every chip: one more in turn says enough.
-ALWAYS = [*(("bf16", chip) for chip in CHIPS), ("fp32", "sm_90")]
-IN_TURN = [*(("fp32", chip) for chip in CHIPS if chip != "sm_90"), ("fp16", "sm_90")]
+# What is compiled of every case, and what in turn: a kernel has several cases, so that it meets every chip.
+ALWAYS = [("bf16", "sm_90"), ("fp32", "sm_90")]
+IN_TURN = [pair for pair in PAIRS if pair not in ALWAYS and (pair[0] != "fp16" or pair[1] == "sm_90")]
 
 
 def plan(cases: Sequence[Launch], full: bool) -> Iterator[tuple[Launch, str, str]]:
-    """What is compiled: everything, or what says most of each case, least of those there for a path alone."""
-    for number, case in enumerate(cases):
+    """What is compiled: everything, or a sample of it, smaller for the cases that are there for a path alone."""
+    turns = {(case.op, case.entry): itertools.cycle(IN_TURN) for case in cases}
+    for case in cases:
+        turn = turns[case.op, case.entry]
         if full:
             pairs = PAIRS
         elif case.flops is not None:
-            pairs = [*ALWAYS, IN_TURN[number % len(IN_TURN)]]
+            pairs = [*ALWAYS, next(turn), next(turn)]
         else:
-            usual = [*ALWAYS, *IN_TURN]
-            pairs = list(dict.fromkeys([("bf16", "sm_90"), usual[number % len(usual)]]))
+            pairs = [ALWAYS[0], next(turn)]
         yield from ((case, dtype, chip) for dtype, chip in pairs)
 
 
