@@ -18,6 +18,8 @@ pip     := $(py) -m pip install -q --disable-pip-version-check
 sources := $(shell find csrc -type f 2>/dev/null)
 
 has_torch := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+# One process of tests for each core; idle OpenMP threads sleep, for there are more of them than cores then.
+spread    = $$($(call has,xdist) && printf -- '-n auto --maxprocesses 8 --dist loadgroup')
 has       = $(py) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("$(1)") is None)'
 
 help: ## this list
@@ -32,11 +34,10 @@ lint: $(VENV)/.installed ## ruff, mypy, clang-format
 	@echo "clang-format on csrc" && PATH="$(VENV)/bin:$$PATH" clang-format --dry-run -Werror $(filter %.h %.cpp %.cuh %.cu,$(sources))
 
 test: $(VENV)/.built ## every test (ARGS="-k attention" for some)
-	$(py) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(py) -m pytest $(spread) $(ARGS)
 
-test-full: $(VENV)/.built ## every test with its whole grid of cases, on every core if pytest-xdist is there
-	if $(call has,xdist); then export OMP_NUM_THREADS=1; spread="-n auto --dist loadgroup"; fi; \
-	$(py) -m pytest --full $$spread $(ARGS)
+test-full: $(VENV)/.built ## every test with its whole grid of cases
+	OMP_WAIT_POLICY=passive $(py) -m pytest --full $(spread) $(ARGS)
 
 mutants: $(VENV)/.built ## plant known faults in the kernels and see that the tests notice (ARGS="attention" for one op)
 	$(py) tests/mutants.py --csv benchmarks/results/mutants.csv $(ARGS)
