@@ -52,6 +52,7 @@ def sample(rows, width, hidden, dtype):
     )
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize(("rows", "width", "hidden"), [(66, 72, 131), (135, 192, 128)])
 @each_dtype
 @each_way
@@ -71,6 +72,7 @@ def test_norm_mlp(way, dtype, rows, width, hidden):
     assert not any(t.numel() for t in nothing)
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize(("rows", "width", "hidden"), [(66, 72, 131), (135, 192, 128)])
 @each_dtype
 @each_way
@@ -163,7 +165,7 @@ class Peak(TorchDispatchMode):
         return self.most
 
 
-@each_way
+@pytest.mark.parametrize("way", ["one kernel", "folded"], indirect=True)
 def test_training_holds_little(way):
     """Forward and backward of the MLP half of a block hold at most three quarters of what eager does."""
     tensors = [t.contiguous().requires_grad_() for t in sample(512, 64, 256, torch.bfloat16)]

@@ -133,7 +133,7 @@ WIDTHS = {64: 256, 192: 768, 384: 192, 768: 96, 1000: 52, 1023: 37, 1024: 64, 12
 GRID = list(itertools.product(TOKENS, WIDTHS, DTYPES))
 
 
-@pytest.mark.grid(8)
+@pytest.mark.grid(6)
 @pytest.mark.parametrize(
     ("number", "tokens", "width", "dtype"),
     [(number, *case) for number, case in enumerate(GRID)],
@@ -147,7 +147,7 @@ def test_grid(place, take, number, tokens, width, dtype):
     check(place, dtype, *functions(), sample(batch * tokens, width, WIDTHS[width], without=without))
 
 
-@pytest.mark.grid(12)
+@pytest.mark.grid(8)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ["gelu", None, "gelu_tanh", "quick_gelu"])
 @pytest.mark.parametrize("way", WAYS)
@@ -161,10 +161,10 @@ def test_every_way(place, take, way, activation, dtype):
 @pytest.mark.parametrize("place", TRITON)
 def test_every_way_with_parts_missing(place, take, way):
     take(way)
-    check(place, torch.bfloat16, *functions(residual=False), sample(70, 384, 64, without=("layer_scale",)))
-    check(place, torch.bfloat16, *functions(residual=False), sample(9, 64, 48, out=200))
+    check(place, torch.bfloat16, *functions(residual=False), sample(20, 384, 64, without=("layer_scale",)))
+    check(place, torch.bfloat16, *functions(residual=False), sample(9, 64, 48, out=200), gradients=False)
     for without in (("norm_weight", "fc1_bias"), ("norm_bias", "fc2_bias"), NAMES[1:3]):
-        check(place, torch.bfloat16, *functions(), sample(33, 64, 64, without=without))
+        check(place, torch.bfloat16, *functions(), sample(17, 64, 64, without=without))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -216,7 +216,7 @@ def test_incoming_gradients(place, take):
 @pytest.mark.parametrize("place", TRITON)
 def test_two_runs_are_bit_equal(place, take, way):
     take(way)
-    tensors = {k: t.bfloat16().to(place.device).requires_grad_() for k, t in sample(300, 64, 128).items()}
+    tensors = {k: t.bfloat16().to(place.device).requires_grad_() for k, t in sample(130, 64, 64).items()}
     with fastvit.backend(place.backend):
         first, second = (
             (y, *torch.autograd.grad(y, [*tensors.values()], torch.ones_like(y)))
@@ -242,18 +242,25 @@ def drop_path_functions(rate, residual=True):
     return fused, eager
 
 
-@pytest.mark.parametrize("way", [*WAYS, "as tuned"])
 @pytest.mark.parametrize("place", PLACES)
-def test_drop_path(place, take, way):
-    if way != "as tuned":
-        take(way)
-    elif place.device == "cuda":
+def test_drop_path(place):
+    if place.device == "cuda":
         pytest.skip("GPU: its generator draws other samples than the CPU's eager")
-    tensors = sample(7 * 5, 64, 64)
-    tensors["x"] = tensors["x"].view(7, 5, 64)
+    tensors = sample(7 * 5, 48, 40)
+    tensors["x"] = tensors["x"].view(7, 5, 48)
     for dtype in dtypes_of(place):
         check(place, dtype, *drop_path_functions(0.4), tensors)
-        check(place, dtype, *drop_path_functions(0.4, residual=False), {**tensors, "layer_scale": None})
+    check(place, torch.float32, *drop_path_functions(0.4, residual=False), {**tensors, "layer_scale": None})
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("place", TRITON)
+def test_drop_path_on_every_way(place, take, way):
+    take(way)
+    if place.device == "cuda":
+        pytest.skip("GPU: its generator draws other samples than the CPU's eager")
+    tensors = sample(7 * 30, 64, 64)
+    check(place, torch.bfloat16, *drop_path_functions(0.4), {**tensors, "x": tensors["x"].view(7, 30, 64)})
 
 
 def test_drop_path_keeps_the_kernel_that_has_none(caplog):
