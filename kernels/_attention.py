@@ -15,7 +15,7 @@ from ._device import LOG2E
 
 @triton.jit
 def _columns(i: tl.constexpr, WIDTHS: tl.constexpr):
-    """Columns of the i-th of at most two pieces, [1, WIDTH]."""
+    """Columns of the i-th piece, [1, WIDTH]; all but the last are equal."""
     return i * WIDTHS[0] + tl.arange(0, WIDTHS[i])[None, :]
 
 

@@ -58,8 +58,8 @@ class QueryGradients:
 # sm_100, 272 (257) spill. Four warps are one warp group with 64 queries; two or three such programs share a core.
 _SCORES_80 = {
     64: ((128, 64, 4, 2), (128, 64, 8, 3)),
-    128: ((64, 64, 4, 2), (64, 32, 4, 2)),
-    256: (None, (32, 32, 4, 2)),
+    128: ((64, 64, 4, 2), (64, 32, 8, 1)),
+    256: (None, (32, 32, 8, 1)),
 }
 _SCORES_90 = {
     64: ((208, 64, 4, 2), (128, 64, 8, 3)),
@@ -68,8 +68,8 @@ _SCORES_90 = {
     256: ((128, 128, 8, 2), (64, 32, 4, 2)),
 }
 _SCORES_AMD = {64: ((64, 64, 4, 2), (64, 64, 4, 2)), 128: (None, (64, 32, 4, 2)), 256: (None, (32, 32, 4, 2))}
-# Plain multiply-adds keep whole rows of q and k in registers.
-_SCORES_FP32 = {64: ((32, 32, 4, 1), (32, 32, 4, 2)), 128: (None, (16, 32, 4, 2)), 256: (None, (16, 16, 4, 2))}
+# Plain multiply-adds keep the summed axis of their operands in registers, hence pieces of 32 columns (`widths`).
+_SCORES_FP32 = {64: ((64, 64, 8, 1), (64, 64, 8, 1)), 128: (None, (64, 32, 8, 1)), 256: (None, (16, 32, 8, 1))}
 SCORES = {
     ("sm_80", 2): _SCORES_80,
     ("sm_90", 2): _SCORES_90,
@@ -83,9 +83,9 @@ NORMED_STAGES = {("sm_90", 2, 64): 1}
 # taken beside the kernel where heads are wider than that.
 COSTLY_SCORES = {
     2: {64: (64, 32, 8), 128: (64, 32, 8), 256: (16, 32, 8)},
-    4: {64: (32, 16, 4), 128: (16, 32, 8), 256: (16, 16, 4)},
+    4: {64: (64, 32, 8), 128: (64, 32, 8), 256: (16, 16, 8)},
 }
-COSTLY_NORMED_SCORES = {2: {64: (64, 32, 8), 128: (32, 16, 8)}, 4: {64: (32, 16, 4), 128: (16, 16, 8)}}
+COSTLY_NORMED_SCORES = {2: {64: (64, 32, 8), 128: (32, 16, 8)}, 4: {64: (64, 32, 8), 128: (64, 32, 8)}}
 MAX_NORMED_HEAD_DIM = 128
 
 # Attention's backward: choices for one pass, the smallest first: pieces of the keys, queries, warps, stages; then for a
@@ -93,9 +93,9 @@ MAX_NORMED_HEAD_DIM = 128
 # dK and dV of 256 keys fill half of the registers of 8 warps. Pieces of 128 keys are 64 for each warp group; a smaller
 # one would split its columns between the groups, and its weights would travel through shared memory.
 _GRADIENTS_80 = {
-    64: ([((64,), 32, 4, 2), ((128,), 32, 8, 2)], (128, 64, 8, 2), (64, 64, 4, 2)),
+    64: ([((64,), 32, 4, 2), ((128,), 32, 8, 2)], (128, 64, 8, 2), (64, 32, 4, 2)),
     128: ([((64,), 16, 4, 1)], (128, 32, 8, 2), (32, 32, 8, 1)),
-    256: ([], (32, 32, 8, 1), (32, 16, 8, 1)),
+    256: ([], (32, 32, 8, 1), (16, 16, 8, 1)),
 }
 _GRADIENTS_90 = {
     64: ([((64,), 32, 4, 2), ((128,), 64, 8, 2), ((128, 128), 32, 8, 2)], (128, 64, 8, 2), (64, 64, 4, 2)),
@@ -108,8 +108,8 @@ _GRADIENTS_AMD = {
     256: ([], (16, 16, 4, 1), (32, 32, 4, 1)),
 }
 _GRADIENTS_FP32 = {
-    64: ([((32,), 32, 4, 1)], (32, 32, 4, 1), (32, 32, 4, 1)),
-    128: ([], (16, 32, 8, 1), (16, 32, 8, 1)),
+    64: ([((64,), 32, 8, 1)], (64, 64, 8, 1), (64, 64, 8, 1)),
+    128: ([], (32, 32, 8, 1), (32, 32, 8, 1)),
     256: ([], (16, 16, 8, 1), (16, 16, 8, 1)),
 }
 GRADIENTS = {
@@ -121,9 +121,9 @@ GRADIENTS = {
 # As COSTLY_SCORES; for both kernels, and one pass where the keys fit one tile.
 COSTLY_GRADIENTS = {
     2: {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 8)},
-    4: {64: (32, 16, 4), 128: (16, 16, 4), 256: (16, 16, 8)},
+    4: {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 8)},
 }
-COSTLY_NORMED_GRADIENTS = {2: {64: (32, 32, 8), 128: (16, 16, 8)}, 4: {64: (16, 16, 4), 128: (16, 16, 8)}}
+COSTLY_NORMED_GRADIENTS = {2: {64: (32, 32, 8), 128: (16, 16, 8)}, 4: {64: (32, 32, 8), 128: (32, 32, 8)}}
 
 # Fewer heads than that for each core: a program takes one tile of queries instead of all of a head.
 FEW_HEADS = 2
@@ -138,8 +138,11 @@ def _power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def widths(head_dim: int) -> tuple[int, ...]:
-    """One or two powers of two that hold a head's columns: 80 are 64 and 16."""
+def widths(head_dim: int, itemsize: int) -> tuple[int, ...]:
+    """Powers of two that hold a head's columns: 80 are 64 and 16, with four bytes each 32, 32 and 16."""
+    if itemsize == 4:
+        whole, rest = divmod(head_dim, 32)
+        return (32,) * whole + ((16,) if 0 < rest <= 16 else (32,) * bool(rest))
     whole = max(_power_of_two(head_dim), 16)
     first = whole // 2
     rest = max(_power_of_two(head_dim - first), 16)
@@ -180,7 +183,7 @@ def _choice(lean: Any, costly: Any, normed: Any, chip: str, itemsize: int, head_
 
 def scores(chip: str, itemsize: int, head_dim: int, call: Any) -> Scores:
     lean, costly = _choice(SCORES, COSTLY_SCORES, COSTLY_NORMED_SCORES, chip, itemsize, head_dim, call)
-    cut = widths(head_dim)
+    cut = widths(head_dim, itemsize)
     if costly:
         block_m, block_n, warps = costly
         one, tiled = (block_n, block_m, warps, 1), (block_m, block_n, warps, 1)
@@ -208,7 +211,7 @@ def scores(chip: str, itemsize: int, head_dim: int, call: Any) -> Scores:
 
 def score_gradients(chip: str, itemsize: int, head_dim: int, call: Any) -> ScoreGradients:
     lean, costly = _choice(GRADIENTS, COSTLY_GRADIENTS, COSTLY_NORMED_GRADIENTS, chip, itemsize, head_dim, call)
-    cut = widths(head_dim)
+    cut = widths(head_dim, itemsize)
     if costly:
         block_m, block_n, warps = costly
         one, beyond = [((block_n,), block_m, warps, 1)], (block_n, block_m, warps, 1)
@@ -226,4 +229,4 @@ def score_gradients_of_queries(chip: str, itemsize: int, head_dim: int, call: An
     lean, costly = _choice(GRADIENTS, COSTLY_GRADIENTS, COSTLY_NORMED_GRADIENTS, chip, itemsize, head_dim, call)
     block_m, block_n, warps, stages = (*costly, 1) if costly else lean[2]
     left, full = _tail(call.keys, block_n, call.ragged)
-    return QueryGradients(block_m, (block_n,), left, full, widths(head_dim), warps, stages)
+    return QueryGradients(block_m, (block_n,), left, full, widths(head_dim, itemsize), warps, stages)

@@ -92,7 +92,7 @@ def test_masks(dtype):
 def test_many_heads_share_a_program(dtype):
     for tokens in (5, 50):
         choice = _tuning.scores(_device.chip(torch.zeros(1)), dtype.itemsize, 16, call(rows=tokens, heads=32))
-        assert (choice.HEADS > 1) == (dtype.itemsize == 2 or tokens == 5)
+        assert choice.HEADS > 1
         check(*packed(2, tokens, 16, 16, dtype))
 
 
@@ -108,10 +108,12 @@ def test_keys_are_cut_with_little_padding():
         assert keys <= sum(cut) <= max(16, 1.34 * keys + 16)
     assert [_tuning_attention.pieces(n) for n in (197, 50, 65, 257)] == [(128, 64, 16), (64,), (64, 16), (256, 16)]
     for width in range(1, 257):
-        cut = _tuning_attention.widths(width)
+        cut, small = _tuning_attention.widths(width, 2), _tuning_attention.widths(width, 4)
         assert len(cut) <= 2
         assert width <= sum(cut) <= max(16, 1.5 * width + 8)
         assert len(cut) == 1 or cut[0] < width
+        assert width <= sum(small) < width + 16
+        assert set(small[:-1]) <= {32}
 
 
 @each_dtype
