@@ -263,6 +263,18 @@ def test_drop_path_on_every_way(place, take, way):
     check(place, torch.bfloat16, *drop_path_functions(0.4), {**tensors, "x": tensors["x"].view(7, 30, 64)})
 
 
+def test_drop_path_under_autocast():
+    tensors = {k: t.float() for k, t in sample(35, 16, 32).items()}
+    tensors["x"] = tensors["x"].view(7, 5, 16)
+    fused, eager = drop_path_functions(0.4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, want = fused(**tensors), eager(**tensors)
+    assert got.dtype == want.dtype
+    assert torch.allclose(got, want, atol=0.1, rtol=0.05)
+    dropped = (want == tensors["x"]).all(-1)
+    assert dropped.any() and torch.equal(got[dropped], tensors["x"][dropped])
+
+
 def test_drop_path_keeps_the_kernel_that_has_none(caplog):
     if not fastvit.is_available("cpu"):
         pytest.skip("the compiled extension is absent")
