@@ -18,8 +18,9 @@ pip     := $(py) -m pip install -q --disable-pip-version-check
 sources := $(shell find csrc -type f 2>/dev/null)
 
 has_torch := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
-# One process of tests for each core; idle OpenMP threads sleep, for there are more of them than cores then.
-spread    = $$($(call has,xdist) && printf -- '-n auto --maxprocesses 8 --dist loadgroup')
+# One process of tests for each core, a file in one of them for its tests share costly fixtures; idle OpenMP threads
+# sleep, for there are more of them than cores then. Not by xdist_group: xdist 3.8 loses the groups under pytest 9.
+spread    = $$($(call has,xdist) && printf -- '-n auto --maxprocesses 8 --dist loadfile')
 has       = $(py) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("$(1)") is None)'
 
 help: ## this list

@@ -13,7 +13,7 @@ from fastvit.benchmarks import aot, launches, static
 
 pytest.importorskip("triton")
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("aot")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
