@@ -240,8 +240,25 @@ def test_far_rows(way):
 
     near = outputs(rows.contiguous(), wide.contiguous(), weight)
     assert all(torch.equal(a, b) for a, b in zip(outputs(rows, wide, weight), near, strict=True))
+    many = buffer.as_strided((20, 16), (far >> 3, 1)).copy_(
+        torch.randn(20, 16)
+    )  # the last rows pass 2^31, no stride does
+    dy = torch.randn(16, 20, device=DEVICE).half()
+    near = outputs(weight, dy, many.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(outputs(weight, dy, many), near, strict=True))
     near = outputs(weight, weight[:, :3].contiguous(), wide.contiguous())
     assert all(torch.equal(a, b) for a, b in zip(outputs(weight, weight[:, :3], wide), near, strict=True))
+
+
+@each_dtype
+def test_parts_of_a_sum_are_wide(way, dtype):
+    """Large parts that cancel: in 16 bits each would lose what is left of them all."""
+    d, x = random(33, 24, dtype=dtype, scale=8.0), random(33, 16, dtype=dtype, scale=8.0)
+    left_d, left_x = random(8, 24, dtype=dtype), random(8, 16, dtype=dtype)
+    d, x = torch.cat([d, left_d, -d]), torch.cat([x, left_x, x])
+    dweight, dbias = _matmul.grad_weight(d, x, True)
+    assert_close("dweight", dweight, d.double().t() @ x.double(), d.t() @ x, gradient=True)
+    assert_close("dbias", dbias, d.double().sum(0), d.sum(0), gradient=True)
 
 
 def test_gelu_keeps_its_left_tail():
