@@ -4,9 +4,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from harness import check, dtypes_of, places
-from torch import Tensor
+from harness import check, check_upstreams, dtypes_of, places
 
 import fastvit
 from fastvit import ops
@@ -141,34 +139,37 @@ def test_large_scores_do_not_overflow(place):
     assert torch.isfinite(out).all()
 
 
-def packed_eager(qkv, num_heads, norms=()):
-    batch, tokens, width = qkv.shape
-    q, k, v = qkv.reshape(batch, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
-    q, k = (F.layer_norm(t, t.shape[-1:], *n) for t, n in zip((q, k), norms, strict=True)) if norms else (q, k)
-    return eager(q, k, v).transpose(1, 2).reshape(batch, tokens, width // 3)
+TRITON = [place for place in PLACES if place.values[0].backend == "triton"]
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_packed(place):
-    tensors = {"qkv": torch.randn(2, 19, 3 * 2 * 32, dtype=torch.float64)}
-    for dtype in dtypes_of(place):
-        check(place, dtype, lambda qkv: ops.attention_packed(qkv, 2), lambda qkv: packed_eager(qkv, 2), tensors)
+def test_incoming_gradients(place):
+    tensors = {"qkv": torch.randn(2, 13, 3 * 2 * 32)}
+    exact = place.backend == "triton"
+    check_upstreams(place, torch.float32, lambda qkv: ops.attention_packed(qkv, 2), tensors, exact=exact)
+    if exact:
+        low = {"qkv": torch.randn(2, 13, 3 * 2 * 16)}
+        check_upstreams(place, torch.bfloat16, lambda qkv: ops.attention_packed(qkv, 2), low)
 
 
-def test_packed_with_query_and_key_norm():
-    place = PLACES[0].values[0]
-    tensors: dict[str, Tensor | None] = {"qkv": torch.randn(2, 19, 3 * 2 * 32, dtype=torch.float64)}
-    tensors |= {name: torch.randn(32, dtype=torch.float64) for name in ("qw", "qb", "kw")}
+@pytest.mark.parametrize("place", TRITON)
+@pytest.mark.parametrize("tokens", [20, 140])
+def test_batch_order_and_repetition_do_not_change_a_bit(place, tokens):
+    qkv = torch.randn(4, tokens, 3 * 32, dtype=torch.float16, device=place.device)
+    weight = torch.randn(16, dtype=torch.float16, device=place.device).requires_grad_()
 
-    def op(qkv, qw, qb, kw):
-        return ops.attention_packed(qkv, 2, q_norm=(qw, qb, 1e-6), k_norm=(kw, None, 1e-5))
+    def call(qkv, dout):
+        qkv = qkv.detach().requires_grad_()
+        with fastvit.backend(place.backend):
+            out = ops.attention_packed(qkv, 2, q_norm=(weight, None, 1e-6))
+        return out, *torch.autograd.grad(out, (qkv, weight), dout)
 
-    def plain(qkv, qw, qb, kw):
-        return packed_eager(qkv, 2, ((qw, qb, 1e-6), (kw, None, 1e-5)))
-
-    for backend in ("reference", "cpu"):
-        if fastvit.is_available(backend):
-            check(type(place)(backend, "cpu"), torch.float32, op, plain, tensors)
+    dout = torch.randn(4, tokens, 32, dtype=torch.float16, device=place.device)
+    first = call(qkv, dout)
+    assert all(torch.equal(a, b) for a, b in zip(first, call(qkv, dout), strict=True))
+    order = torch.tensor([2, 0, 3, 1], device=place.device)
+    turned = call(qkv[order], dout[order])
+    assert all(torch.equal(a[order], b) for a, b in zip(first[:2], turned[:2], strict=True))
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -197,27 +198,38 @@ def test_empty(place, shape):
     with fastvit.backend(place.backend):
         out = ops.attention(q, q, q)
         out.sum().backward()
-        packed = ops.attention_packed(torch.randn(shape[0], shape[2], 3 * 64, device=place.device), 2)
+        qkv = torch.randn(shape[0], shape[2], 3 * 64, device=place.device, requires_grad=True)
+        weight = torch.ones(32, device=place.device, requires_grad=True)
+        packed = ops.attention_packed(qkv, 2, q_norm=(weight, None, 1e-6))
+        packed.sum().backward()
+        cu = torch.zeros(1 if shape[0] == 0 else 3, dtype=torch.int32, device=place.device)
+        varlen = ops.attention_varlen(qkv.flatten(0, 1), cu, 0, 2)
+        varlen.sum().backward()
     assert out.shape == shape
     assert q.grad.shape == shape
     assert packed.shape == (shape[0], shape[2], 64)
+    assert varlen.shape == (0, 64)
+    assert qkv.grad.shape == qkv.shape
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_every_output_is_written(place, nan_filled):
     with fastvit.backend(place.backend):
         qkv = torch.randn(2, 23, 3 * 48).to(place.device).requires_grad_()
-        out = ops.attention_packed(qkv, 3)
-        (grad,) = torch.autograd.grad(out.sum(), qkv)
-    assert not out.isnan().any()
-    assert not grad.isnan().any()
-
-
-def test_dropout_keeps_the_mean_and_needs_no_kernel():
-    v = torch.ones(64, 2, 8, 16)
-    out = ops.attention(torch.zeros_like(v), torch.zeros_like(v), v, dropout=0.5)
-    assert abs(out.mean().item() - 1) < 0.05
-    assert out.std() > 0.1
+        weight = torch.randn(16, device=place.device, requires_grad=True)
+        cu = torch.tensor([0, 20, 20, 46], dtype=torch.int32, device=place.device)
+        calls = (
+            lambda: ops.attention_packed(qkv, 3),
+            lambda: ops.attention_packed(
+                qkv, 3, q_norm=(weight, weight, 1e-6), k_norm=(weight, None, 1e-6), dropout=0.2
+            ),
+            lambda: ops.attention_varlen(qkv.flatten(0, 1), cu, 26, 3, k_norm=(weight, weight, 1e-6)),
+        )
+        for call in calls:
+            out = call()
+            grads = torch.autograd.grad(out.sum(), (qkv, weight), allow_unused=True)
+            assert not any(t is not None and t.isnan().any() for t in (out, *grads))
 
 
 def test_mask_gradient():
@@ -238,6 +250,11 @@ def test_gradcheck():
 
 Q = torch.randn(1, 2, 5, 16)
 QKV = torch.randn(1, 5, 96)
+CU = torch.tensor([0, 5], dtype=torch.int32)
+
+
+def varlen(cu_seqlens, max_seqlen=5, **options):
+    return ops.attention_varlen(QKV[0], cu_seqlens, max_seqlen, 2, **options)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +271,27 @@ QKV = torch.randn(1, 5, 96)
         (ValueError, "num_heads must be a positive integer", lambda: ops.attention_packed(QKV, 0)),
         (ValueError, r"qkv must be \(B, N, 3·num_heads·E\)", lambda: ops.attention_packed(QKV, 5)),
         (ValueError, "qkv must be 3-D", lambda: ops.attention_packed(QKV[0], 2)),
+        (TypeError, "cu_seqlens must be an int32 Tensor, got torch.int64", lambda: varlen(CU.long())),
+        (TypeError, "cu_seqlens must be an int32 Tensor, got list", lambda: varlen([0, 5])),
+        (ValueError, r"cu_seqlens must be \(sequences \+ 1,\), got shape \(1, 2\)", lambda: varlen(CU[None])),
+        (ValueError, r"cu_seqlens must be \(sequences \+ 1,\), got shape \(1,\)", lambda: varlen(CU[:1])),
+        (ValueError, "cu_seqlens must be on qkv's device cpu, got meta", lambda: varlen(CU.to("meta"))),
+        (ValueError, "max_seqlen must be a positive integer, got 0", lambda: varlen(CU, 0)),
+        (ValueError, "max_seqlen must be a positive integer, got 2.5", lambda: varlen(CU, 2.5)),
+        (ValueError, "attention_varlen: qkv must be 2-D", lambda: ops.attention_varlen(QKV, CU, 5, 2)),
+        (ValueError, "attention_varlen: num_heads must be", lambda: ops.attention_varlen(QKV[0], CU, 5, 0)),
+        (ValueError, "attention_varlen: dropout must be in", lambda: varlen(CU, dropout=-1)),
+        (ValueError, "attention_varlen: eps must be a number", lambda: varlen(CU, k_norm=(None, None, -1.0))),
+        (
+            ValueError,
+            r"q_norm's weight must have shape \(16,\), got \(15,\)",
+            lambda: varlen(CU, q_norm=(Q[0, 0, 0, :15], None, 0.1)),
+        ),
+        (
+            TypeError,
+            "q_norm's bias must have the input's dtype",
+            lambda: varlen(CU, q_norm=(None, Q[0, 0, 0].half(), 0.1)),
+        ),
         (ValueError, "head dimension of q must not be empty", lambda: ops.attention(*[Q[..., :0]] * 3)),
     ],
 )
