@@ -9,6 +9,8 @@ import xml.etree.ElementTree as tree
 import mutants
 import pytest
 
+from fastvit import backends
+
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 PATCHES = mutants.patches()
 
@@ -26,6 +28,12 @@ def test_patch_applies(patch, tmp_path):
     assert any((tmp_path / name).read_text() != (mutants.ROOT / name).read_text() for name in files)
     for name in files:
         compile((tmp_path / name).read_text(), name, "exec")
+
+
+def test_every_op_has_its_faults():
+    counts = {op: sum(patch.parent.name == op for patch in PATCHES) for op in backends.OPS}
+    assert min(counts.values()) >= 7, counts
+    assert sum(counts.values()) == len(PATCHES) >= 35, "a folder is called as no op is"
 
 
 @needs_git
