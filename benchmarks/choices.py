@@ -83,8 +83,9 @@ def answering(answers: Mapping[Key, Any], asked: dict[Key, Any] | None = None) -
     places = [
         (module, name) for module in _modules() for name in originals if vars(module).get(name) is originals[name]
     ]
+    wrapped = {name: chooser(name) for name in originals}  # one for all modules that name it: scopes may be nested
     for module, name in places:
-        setattr(module, name, chooser(name))
+        setattr(module, name, wrapped[name])
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ tuple of configurations and whole numbers such as the parts of a split sum.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -109,13 +110,14 @@ def legal(choice: Any, chip: str, itemsize: int) -> str | None:
     """
     for part in choice if isinstance(choice, tuple) else (choice,):
         if dataclasses.is_dataclass(part) and not isinstance(part, type):
-            reason = _why_not(_fields(part), chip, itemsize)
+            reason = _why_not(_fields(part), getattr(part, "SUMMED", "K"), chip, itemsize)
             if reason:
                 return reason
     return None
 
 
-def _why_not(values: dict[str, Any], chip: str, itemsize: int) -> str | None:
+def _why_not(values: dict[str, Any], summed: str, chip: str, itemsize: int) -> str | None:
+    """Of one configuration; a product's tile is what lies beside the summed axis."""
     blocks = {name.removeprefix("BLOCK_"): value for name, value in values.items() if name.startswith("BLOCK_")}
     if isinstance(values.get("PIECES"), tuple):
         blocks["N"] = (
@@ -125,17 +127,20 @@ def _why_not(values: dict[str, Any], chip: str, itemsize: int) -> str | None:
     product = "M" in blocks and "N" in blocks
     if product and min(blocks.values()) < SMALLEST_SIDE:
         return f"a product's sides are at least {SMALLEST_SIDE}"
-    held = 1
-    for side in ("M", "N") if product else blocks:
-        held *= blocks[side]
+    tile = (
+        [blocks[side] for side in ("M", "N", "K") if side in blocks and side != summed] if product else blocks.values()
+    )
+    held = math.prod(tile)
     threads = WARP[chip] * values.get("num_warps", 4)
     if held > threads * NUMBERS_A_THREAD:
         return f"{held // threads} numbers a thread, at most {NUMBERS_A_THREAD} fit its registers"
     shared, stages = 0, values.get("num_stages", 1)
     if product and "K" in blocks:
-        shared = stages * (blocks["M"] + blocks["N"]) * blocks["K"] * itemsize
-    elif product and "E" in blocks:
-        shared = (blocks["M"] + 2 * (1 if values.get("ONE_PASS") else stages) * blocks["N"]) * blocks["E"] * itemsize
+        shared = stages * sum(tile) * blocks[summed] * itemsize
+    elif product and "E" in blocks:  # what a program holds, q or k and v, and two tensors that it walks
+        held, walked = (blocks["M"], blocks["N"]) if "TILE" in values else (2 * blocks["N"], blocks["M"])
+        copies = 1 if "TILE" in values and values.get("ONE_PASS") else stages
+        shared = (held + 2 * copies * walked) * blocks["E"] * itemsize
     if shared > SHARED_BYTES[chip]:
         return f"{shared >> 10} KiB of shared memory, {chip} has {SHARED_BYTES[chip] >> 10}"
     return None

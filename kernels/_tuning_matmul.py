@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class MatMul:
 class MatMulWeight:
     """A tile [BLOCK_N, BLOCK_K] of a weight's gradient, BLOCK_M of the rows it is summed over at a time."""
 
+    SUMMED: ClassVar[str] = "M"
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int

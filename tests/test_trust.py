@@ -120,6 +120,8 @@ def worker(queue):
 
 context = multiprocessing.get_context("fork")
 queue = context.SimpleQueue()
+work()  # with every thread, which the fork leaves behind
+torch.set_num_threads(1)  # a sum is cut into as many parts as there are threads
 here = work()
 children = [context.Process(target=worker, args=(queue,)) for _ in range(2)]
 for child in children:

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,8 +112,19 @@ def test_legal_says_what_does_not_fit(choice: object, chip: str, word: str | Non
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "hip"])
 def test_what_is_chosen_is_legal(chip: str, itemsize: int) -> None:
-    chosen = [_tuning.product(chip, itemsize, rows, aligned) for rows in (1, 50000) for aligned in (True, False)]
-    for choice in chosen:
+    whole = {"ragged": False, "norm": False, "costly": False}
+    calls = [SimpleNamespace(rows=n, keys=n, heads=768, cores=132, **whole) for n in (5, 197, 577)]
+    for choice in (
+        *(_tuning.matmul(chip, itemsize, rows, 768, 3072, aligned) for rows in (1, 50000) for aligned in (True, False)),
+        *(
+            _tuning.matmul_weight(chip, itemsize, rows, 768, 3072, aligned)
+            for rows in (1, 50000)
+            for aligned in (True, False)
+        ),
+        *(_tuning.scores(chip, itemsize, 64, call) for call in calls),
+        *(_tuning.score_gradients(chip, itemsize, 64, call) for call in calls),
+        *(_tuning.score_gradients_of_queries(chip, itemsize, 64, call) for call in calls),
+    ):
         assert _candidates.legal(choice, chip, itemsize) is None, choice
 
 
