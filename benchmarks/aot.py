@@ -17,7 +17,6 @@ import json
 import math
 import multiprocessing
 import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 
+from . import assembly
 from .launches import Launch, launches
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +60,8 @@ MATRIX_INSTRUCTIONS = ("wgmma", "tcgen05", "mma.sync", "mfma")
 class Row:
     """What became of one kernel launch; a launcher's call may make several, numbered by step.
 
-    load is the widest read of device memory in bytes, TMA if the tensor copy engine does it.
+    load is the widest read of device memory in bytes, TMA if the tensor copy engine does it; hazard names what copies
+    may overwrite too early.
     """
 
     op: str
@@ -80,6 +81,7 @@ class Row:
     matrix_instruction: str = ""
     load: str = ""
     tf32: bool = False
+    hazard: str = ""
     seconds: float = 0.0
     error: str = ""
 
@@ -159,7 +161,7 @@ def describe(row: Row, compiled: Any) -> None:
     row.has_dot = "tt.dot" in compiled.asm["ttir"]
     if CHIPS[row.chip].backend == "cuda":
         text = compiled.asm["ptx"]
-        usage = resource_usage(compiled.asm["cubin"])
+        usage = assembly.resource_usage(compiled.asm["cubin"])
         row.registers = usage["REG"]
         row.spills = usage["STACK"] + usage["LOCAL"]
     else:
@@ -170,35 +172,12 @@ def describe(row: Row, compiled: Any) -> None:
             for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
         )
         row.spills = max(spilled)
-    row.load = widest_load(text)
+    row.load = assembly.widest_load(text)
     row.matrix_instruction = next((name for name in MATRIX_INSTRUCTIONS if name in text), "")
     if re.search(r"^\s*trap;", text, re.MULTILINE):
         raise RuntimeError("compiles to a trap")
     row.tf32 = "tf32" in text or "xf32" in text
-
-
-def widest_load(text: str) -> str:
-    """The widest read of device memory in PTX or AMD's assembly."""
-    if re.search(r"cp\.async\.bulk\.tensor\S*shared\S*global", text):
-        return "TMA"
-    widths = [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global\S* \[.*?\], \[.*?\], (\w+)", text)]
-    for lanes, bits in re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)", text):
-        widths.append(int(lanes or 1) * int(bits) // 8)
-    for words in re.findall(r"\b(?:global|buffer)_load_dword(?:x(\d))?\b", text):
-        widths.append(int(words or 1) * 4)
-    return str(max(widths, default=0))
-
-
-def resource_usage(cubin: bytes) -> dict[str, int]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+    row.hazard = assembly.overwritten_operands(compiled.asm["ttgir"])
 
 
 PAIRS = [(dtype, chip) for dtype in DTYPES for chip in CHIPS]

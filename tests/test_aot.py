@@ -62,6 +62,10 @@ def test_shared_memory_fits_the_chip(rows):
     assert not wrong(rows, lambda row: row["shared"] > row["shared_limit"])
 
 
+def test_no_copy_overwrites_what_is_multiplied(rows):
+    assert not wrong(rows, lambda row: row["hazard"])
+
+
 def test_fp32_is_never_tf32(rows):
     assert not wrong(rows, lambda row: row["tf32"])
 

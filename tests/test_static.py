@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from fastvit.benchmarks import aot, launches, static
+from fastvit.benchmarks import aot, assembly, launches, static
 
 ROW = aot.Row("op", "forward", "case", "bf16", "sm_90", 0, "_op_fwd_kernel", programs=1000, threads=256, registers=32)
 
@@ -68,7 +68,31 @@ def test_a_call_of_two_kernels_is_predicted_once():
     ],
 )  # fmt: skip
 def test_widest_load(text, width):
-    assert aot.widest_load(text) == width
+    assert assembly.widest_load(text) == width
+
+
+PIPELINED = """
+%d = ttg.local_alloc : () -> !ttg.memdesc<{d}x64x128xbf16, #shared, #smem, mutable>
+%x = ttg.local_alloc : () -> !ttg.memdesc<3x64x128xbf16, #shared, #smem, mutable>
+%d_1 = ttg.memdesc_index %d[%i] : !ttg.memdesc<{d}x64x128xbf16, #shared, #smem, mutable>
+%x_1 = ttg.memdesc_index %x[%i] : !ttg.memdesc<3x64x128xbf16, #shared, #smem, mutable>
+%d_2 = ttg.memdesc_trans %d_1 {{order = array<i32: 1, 0>}} : !ttg.memdesc<64x128xbf16, #shared, #smem, mutable>
+%y = ttng.warp_group_dot %d_2, %x_1, %sums {{inputPrecision = 0 : i32, isAsync = true}} : ...
+%y_1:3 = ttng.warp_group_dot_wait %y, %d_2, %x_1 {{pendings = {waits} : i32}} : ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("depth", "waits", "more", "buffers"),
+    [
+        (3, 1, "", ""),
+        (3, 1, "%r = ttg.local_load %d_1 : ...", "%d"),
+        (2, 1, "", "%d"),
+        (2, 0, "%r = ttg.local_load %d_1 : ...", ""),
+    ],
+)
+def test_operands_that_a_copy_overwrites(depth, waits, more, buffers):
+    assert assembly.overwritten_operands(PIPELINED.format(d=depth, waits=waits) + more) == buffers
 
 
 def test_a_sample_of_the_compilations_leaves_no_case_and_no_chip_out():
