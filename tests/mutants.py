@@ -109,8 +109,14 @@ def complaint(case: tree.Element) -> str:
     return "" if problem is None else problem.get("message") or "failed"
 
 
+def op_files(op: str, tree_root: Path) -> list[str]:
+    """The files named after the op: test_kernels_<op>.py, test_<op>.py and their parts, test_<op>_<part>.py."""
+    names = (f"test_{place}{op}{part}.py" for place in ("kernels_", "") for part in ("", "_*"))
+    return [f"tests/{path.name}" for name in names for path in sorted((tree_root / "tests").glob(name))]
+
+
 def measure(copy: Path, op: str, kernels_only: bool) -> Baseline:
-    files = [name for name in (f"tests/test_kernels_{op}.py", f"tests/test_{op}.py") if (copy / name).exists()]
+    files = op_files(op, copy)
     start = time.perf_counter()
     status, cases = run_tests(copy, [*files, *(["-k", ELSEWHERE] if kernels_only else [])])
     ran = sorted((c for c in cases if c.find("skipped") is None), key=lambda c: float(c.get("time", 0)))
@@ -125,6 +131,8 @@ def try_mutant(patch: Path, copy: Path, baseline: Baseline) -> Result:
     if baseline.failed:
         result.outcome, result.killed_by = "tests fail without it", baseline.failed.splitlines()[0]
         return result
+    # Of the copy: someone may be at work on the tree that it was taken from.
+    unpatched = {name: (copy / name).read_bytes() for name in touched(patch) if (copy / name).exists()}
     if complained := apply(patch, copy):
         result.outcome, result.killed_by = "does not apply", complained.splitlines()[0]
         return result
@@ -132,8 +140,8 @@ def try_mutant(patch: Path, copy: Path, baseline: Baseline) -> Result:
     try:
         status, cases = run_tests(copy, ["-x", *baseline.tests], limit=120 + 5 * baseline.seconds)
     finally:
-        for name in touched(patch):
-            shutil.copy(ROOT / name, copy / name)
+        for name, text in unpatched.items():
+            (copy / name).write_bytes(text)
     result.seconds = round(time.perf_counter() - start, 1)
     result.outcome, result.killed_by = verdict(status, cases)
     return result

@@ -36,6 +36,15 @@ def test_every_op_has_its_faults():
     assert sum(counts.values()) == len(PATCHES) >= 35, "a folder is called as no op is"
 
 
+def test_an_op_is_tried_by_all_its_files_and_by_no_others():
+    files = {op: mutants.op_files(op, mutants.ROOT) for op in backends.OPS}
+    assert all({f"tests/test_kernels_{op}.py", f"tests/test_{op}.py"} <= {*files[op]} for op in files)
+    assert "tests/test_attention_options.py" in files["attention"]
+    together = [name for names in files.values() for name in names]
+    assert len({*together}) == len(together)
+    assert not {*together} & {"tests/test_kernels.py", "tests/test_op_benchmarks.py"}
+
+
 @needs_git
 def test_a_patch_that_does_not_apply_is_seen(tmp_path):
     patch = tmp_path / "wrong.patch"
