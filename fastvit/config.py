@@ -27,7 +27,8 @@ class ViTConfig:
     mlp_ratio F / D. Rates (``*_rate``) lie in [0, 1). ``init_values`` turns LayerScale on (None or 0 = off).
     ``fc_norm`` moves the final norm behind pooling (None: for avg, max and avgmax). ``representation_size`` puts the
     original's tanh layer before the head. ``weight_init``: "" (timm), "jax", "jax_nlhb", "moco", "zero_head" (timm's
-    with a zero head, the paper's fine-tuning start), "reset", "skip".
+    with a zero head, the paper's fine-tuning start), "reset", "skip". ``mean`` and ``std``, a number or one for each
+    channel, normalise the pixels of a uint8 image after division by 255; a float image is taken as it is.
 
     Raises:
         ValueError: an option out of range, or a combination that makes no model.
@@ -66,6 +67,8 @@ class ViTConfig:
     act_layer: str = "gelu"
     norm_eps: float = 1e-6
     representation_size: int | None = None
+    mean: float | tuple[float, ...] = 0.5
+    std: float | tuple[float, ...] = 0.5
 
     def __post_init__(self) -> None:
         height, width = pair(self.img_size, "img_size")
@@ -81,6 +84,10 @@ class ViTConfig:
         for name, valid in (("global_pool", POOLINGS), ("weight_init", WEIGHT_INITS), ("act_layer", ACTIVATIONS)):
             self._require(name, getattr(self, name) in valid, f"one of {valid}")
         self._require("pos_embed", self.pos_embed in ("learn", "none", ""), "'learn' or 'none'")
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            fits = isinstance(value, (int, float)) or len(value) == self.in_chans
+            self._require(name, fits, f"a number or {self.in_chans} of them, one for each of in_chans")
+        self._require("std", all(s > 0 for s in self.of_each_channel(self.std)), "positive")
         for name in (f.name for f in fields(self) if f.name.endswith("_rate")):
             self._require(name, 0.0 <= getattr(self, name) < 1.0, "in [0, 1)")
         if self.global_pool == "token" and not self.class_token:
@@ -89,6 +96,10 @@ class ViTConfig:
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ValueError(f"fastvit: {name} must be {expected}, got {getattr(self, name)!r}")
+
+    def of_each_channel(self, value: float | tuple[float, ...]) -> tuple[float, ...]:
+        """mean or std as in_chans numbers."""
+        return (float(value),) * self.in_chans if isinstance(value, (int, float)) else tuple(map(float, value))
 
     @property
     def prefix_tokens(self) -> int:

@@ -4,7 +4,7 @@ The forwards, :func:`fused_block` among them, read nothing of their module but a
 well, so that the integrations can bind them to those. A module whose children carry hooks calls its children instead.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -134,7 +134,10 @@ class PatchDropout(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Image to tokens: projection, positions and prefix tokens in one op (paper, equation 1)."""
+    """Image to tokens: projection, positions and prefix tokens in one op (paper, equation 1).
+
+    The pixels of a uint8 image enter as (pixel / 255 - mean) / std per channel; a float image is taken as it is.
+    """
 
     def __init__(
         self,
@@ -144,11 +147,13 @@ class PatchEmbed(nn.Module):
         embed_dim: int = 768,
         bias: bool = True,
         strict_img_size: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
-        self.strict_img_size = strict_img_size
+        self.strict_img_size, self.mean, self.std = strict_img_size, mean, std
         self.patch_size = pair(patch_size, "patch_size")
         self.proj = nn.Conv2d(
             in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias, device=device, dtype=dtype
@@ -180,7 +185,8 @@ class PatchEmbed(nn.Module):
                     "use dynamic_img_size=True or set_input_size()"
                 )
             x = x[..., : self.grid_size[0] * self.patch_size[0], : self.grid_size[1] * self.patch_size[1]]
-        return ops.patch_embed(x, self.proj.weight, self.proj.bias, pos_embed, prefix)
+        normalise = {"mean": self.mean, "std": self.std} if x.dtype == torch.uint8 else {}
+        return ops.patch_embed(x, self.proj.weight, self.proj.bias, pos_embed, prefix, **normalise)
 
 
 class Attention(nn.Module):

@@ -41,7 +41,15 @@ class VisionTransformer(nn.Module):
             return nn.Parameter(torch.zeros(1, rows, c.embed_dim, **dd)) if rows else None
 
         self.patch_embed = PatchEmbed(
-            c.img_size, c.patch_size, c.in_chans, c.embed_dim, not c.pre_norm, not c.dynamic_img_size, **dd
+            c.img_size,
+            c.patch_size,
+            c.in_chans,
+            c.embed_dim,
+            not c.pre_norm,
+            not c.dynamic_img_size,
+            c.of_each_channel(c.mean),
+            c.of_each_channel(c.std),
+            **dd,
         )
         self.cls_token, self.reg_token = table(int(c.class_token)), table(c.reg_tokens)
         positions = self.patch_embed.num_patches + (0 if c.no_embed_class else c.prefix_tokens)

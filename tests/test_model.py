@@ -94,6 +94,29 @@ def test_options(options):
     assert_same(theirs, ours, image_for(options), lambda m, x: m.forward_head(m.forward_features(x), pre_logits=True))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "pre_norm": True},
+        {"mean": 0.1, "in_chans": 1, "dynamic_img_size": True, "reg_tokens": 2},
+    ],
+)
+def test_a_decoded_image_goes_straight_into_the_model(options):
+    shape = {name: value for name, value in options.items() if name not in ("mean", "std")}
+    theirs = small_timm(**shape)
+    ours = fastvit.VisionTransformer(**{**SMALL, **options}).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    channels = options.get("in_chans", 3)
+    pixels = torch.randint(0, 256, (2, 32, 32, channels), dtype=torch.uint8).permute(
+        0, 3, 1, 2
+    )  # as decoders leave them
+    mean, std = (torch.tensor(options.get(name, 0.5)).double().expand(channels) for name in ("mean", "std"))
+    image = (pixels.double() / 255 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    exact = copy.deepcopy(theirs).double()(image)
+    assert_close("logits", ours(pixels), exact, theirs(image.float()))
+
+
 @pytest.mark.parametrize("place", places("attention"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_backend_runs_the_whole_model(place, dtype):
