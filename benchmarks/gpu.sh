@@ -65,7 +65,7 @@ if [ "$quick" ]; then
   step models 25 models.log "${models[@]}" --model "$B" --batch 256 --repeats 10 "$@"
 else
   step tests 190 tests.log "${pytest[@]}" tests/test_kernels*.py \
-    tests/test_{attention,layer_norm,linear,norm_mlp,patch_embed,contract,backends,model,drop_in}.py
+    tests/test_attention_options.py tests/test_{attention,layer_norm,linear,norm_mlp,patch_embed,contract,backends,model,drop_in}.py
   # Rows are written case by case: what was measured before a time-out is kept. The most important come first.
   step ops 100 ops.log "${ops[@]}" --model "$B" --batch 256 --direction forward,backward,forward+backward
   step models 70 models.log "${models[@]}" --model "$B,$S,$L" --batch 256,1,64 --repeats 20 "$@"
