@@ -133,7 +133,7 @@ def test_shift_invariance(place):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_large_scores_do_not_overflow(place):
-    q, k, v = (t.to(place.device, torch.float16) for t in sample(1, 1, 20, 64).values())
+    q, k, v = (t.to(place.device, torch.float16) for t in sample(1, 1, 70, 64).values())
     with fastvit.backend(place.backend):
         out = ops.attention(q * 50, k * 50, v, scale=1.0)
     assert torch.isfinite(out).all()

@@ -208,6 +208,42 @@ def test_backward_in_one_pass_is_backward_in_tiles(dtype, monkeypatch):
         check(q, k, v, causal=True)
 
 
+@pytest.mark.parametrize("option", ["bool", "additive", "causal", "dropout", "norms"])
+def test_options_do_not_depend_on_the_tiles(option, monkeypatch):
+    """Several pieces of keys in one pass, and several tiles of them, whatever the tables choose for the option."""
+    tokens = 40
+    q, k, v = packed(1, tokens, 2, 32, torch.float32)
+    masks = {"bool": torch.rand(1, 2, tokens, tokens) > 0.5, "additive": torch.randn(1, 2, tokens, tokens)}
+    mask = masks[option].to(DEVICE) if option in masks else None
+    norms = (*torch.randn(4, 32, device=DEVICE), 1e-6, 0.1) if option == "norms" else (None,) * 6
+    seed = torch.tensor([123456789012], device=DEVICE)
+    rest = (mask, option == "causal", 0.2, 0.3 if option == "dropout" else 0.0, seed, *norms)
+    dout = random(1, tokens, 2, 32, dtype=torch.float32)
+
+    def results():
+        out, lse = attention.forward(q, k, v, *rest)
+        grads = [torch.full_like(q, math.nan) for _ in range(3)]
+        sums = attention.backward(dout, q, k, v, out, lse, *grads, *rest)
+        return [out, lse, *grads, *(grad for grad in sums if grad is not None)]
+
+    want = results()
+    pieces = {"BLOCK_M": 16, "PIECES": (32, 16), "FULL": 1, "ONE_PASS": True}
+    tiles = {"BLOCK_M": 16, "PIECES": (16,), "FULL": 0, "ONE_PASS": False}
+    changes = {
+        "scores": ({**pieces, "ROW_TILES": 3}, {**tiles, "TILE": (16,), "ROW_TILES": 1}),
+        "score_gradients": (pieces, tiles),
+        "score_gradients_of_queries": ({}, {"BLOCK_M": 16, "TILE": (16,), "PIECES": (16,), "FULL": 0}),
+    }
+    for i in range(2):
+        for name, change in changes.items():
+            choose = getattr(_tuning_attention, name)
+            monkeypatch.setattr(
+                _tuning, name, lambda *args, _c=change[i], _f=choose: dataclasses.replace(_f(*args), **_c)
+            )
+        for got, expected in zip(results(), want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+
+
 @each_dtype
 def test_other_number_of_keys(dtype):
     for tokens, keys in ((5, 70), (70, 5), (19, 40)):
@@ -218,9 +254,36 @@ def test_other_number_of_keys(dtype):
 def test_lengths_that_lie_stay_inside_the_tensors():
     """The host never reads cu_seqlens: a wrong one may give wrong rows, but no access outside."""
     qkv = random(1, 40, 3 * 2 * 16, dtype=torch.float32).unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
-    for lengths in ([0, 400], [-7, 20, 10, 41], [39, 0, 100]):
+    for lengths in ([0, 400], [25, 400], [-7, 20, 10, 41], [39, 0, 100]):
         cu_seqlens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
         rest = (None, False, 0.25, 0.0, *[None] * 7, cu_seqlens, 30)
         out, lse = run(attention, *qkv, *rest)
         grads = [arena(torch.zeros(t.shape)) for t in qkv]
         run(attention, torch.ones_like(out), *qkv, out.nan_to_num(), lse.nan_to_num(), *grads, *rest, entry="backward")
+
+
+def test_rows_far_apart():
+    """More than 2^31 elements lie between rows of a tile, or between the first row of a head and that of a tile."""
+    for tokens, stride in ((40, 1 << 26), (260, (1 << 23) - 16)):
+        # A page or two of each row are touched, the rest is address space and no memory.
+        def packed_far(_rows=tokens, _stride=stride):
+            buffer = torch.empty(_rows * _stride, dtype=torch.float16, device=DEVICE)
+            return buffer.as_strided((3, 1, 1, _rows, 16), (16, 0, 0, _stride, 1))
+
+        far = packed_far().copy_(torch.randn(3, 1, 1, tokens, 16))
+        dout = torch.randn(1, tokens, 1, 16, device=DEVICE).half()
+        results = []
+        for qkv, grads in ((far.contiguous(), far.new_empty(far.shape)), (far, packed_far())):
+            out, lse = attention.forward(*qkv, None, False, 0.25)
+            attention.backward(dout, *qkv, out, lse, *grads, None, False, 0.25)
+            results.append((out, lse, grads.contiguous()))
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16], ids=["bool", "additive"])
+def test_rows_of_a_mask_far_apart(dtype):
+    q, k, v = packed(1, 40, 1, 16, torch.float16)
+    far = torch.empty(40 << 26, dtype=dtype, device=DEVICE).as_strided((1, 1, 40, 40), (0, 0, 1 << 26, 1))
+    far.copy_(torch.randn(40, 40) > 0 if dtype == torch.bool else torch.randn(40, 40))
+    near = attention.forward(q, k, v, far.contiguous(), False, 0.25)
+    assert all(torch.equal(*pair) for pair in zip(attention.forward(q, k, v, far, False, 0.25), near, strict=True))
