@@ -111,6 +111,7 @@ def test_which_way(monkeypatch):
         {"width": 200},
         {"width": 384},
         {"hidden": 770},
+        {"hidden": 776},
         {"dtype": torch.float32},
         {"out": 64},
         {"stride": 193},
