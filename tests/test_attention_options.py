@@ -26,7 +26,7 @@ def test_packed(place):
 
 
 def norm_tensors(tokens, head_dim):
-    tensors: dict[str, Tensor | None] = {"qkv": torch.randn(2, tokens, 3 * 2 * head_dim, dtype=torch.float64)}
+    tensors: dict[str, Tensor | None] = {"qkv": torch.randn(1, tokens, 3 * 2 * head_dim, dtype=torch.float64)}
     return tensors | {name: torch.randn(head_dim, dtype=torch.float64) for name in ("qw", "qb", "kw")}
 
 
