@@ -272,12 +272,16 @@ def _attention_bwd_q_kernel(
             dq, q, dout, k, v, lse, delta, row, key, rows, keys, scale, mask_base, stride_mask, seed_ptr, dropout, h, b,
             TILE, 1, MASK, CAUSAL,
         )  # fmt: skip
-    k = _load_pieces(k_base, stride_k[2], tail, keys, k_weight_ptr, k_bias_ptr, k_eps, E, PIECES, FULL, WIDTHS, WIDE)
-    v = _load_pieces(v_base, stride_v[2], tail, keys, None, None, None, E, PIECES, FULL, WIDTHS, WIDE)
-    dq = _add_slopes(
-        dq, q, dout, k, v, lse, delta, row, tail, rows, keys, scale, mask_base, stride_mask, seed_ptr, dropout, h, b,
-        PIECES, FULL, MASK, CAUSAL,
-    )  # fmt: skip
+    # At most once; a loop for the sake of registers, as in the forward.
+    for _ in tl.range(tail, keys, TILE[0], num_stages=1):
+        k = _load_pieces(
+            k_base, stride_k[2], tail, keys, k_weight_ptr, k_bias_ptr, k_eps, E, PIECES, FULL, WIDTHS, WIDE
+        )
+        v = _load_pieces(v_base, stride_v[2], tail, keys, None, None, None, E, PIECES, FULL, WIDTHS, WIDE)
+        dq = _add_slopes(
+            dq, q, dout, k, v, lse, delta, row, tail, rows, keys, scale, mask_base, stride_mask, seed_ptr, dropout,
+            h, b, PIECES, FULL, MASK, CAUSAL,
+        )  # fmt: skip
     dq, dweight, dbias = _through_norm(
         _times(dq, scale), q_base, stride_q[2], start, rows, q_weight_ptr, q_eps, _zero_vectors(WIDTHS),
         _zero_vectors(WIDTHS), E, BLOCK_M, WIDTHS, WIDE,

@@ -59,33 +59,44 @@ class QueryGradients:
 _SCORES_80 = {
     64: ((128, 64, 4, 2), (128, 64, 8, 3)),
     128: ((64, 64, 4, 2), (64, 32, 8, 1)),
-    256: (None, (32, 32, 8, 1)),
+    256: (None, (16, 32, 8, 1)),
 }
 _SCORES_90 = {
     64: ((208, 64, 4, 2), (128, 64, 8, 3)),
-    128: ((128, 64, 4, 2), (128, 64, 8, 3)),
+    128: ((128, 64, 4, 2), (128, 64, 8, 2)),
     # With 128 queries it overflows Blackwell's tensor memory, and Triton then compiles the kernel to a trap.
-    256: ((128, 128, 8, 2), (64, 32, 4, 2)),
+    256: ((128, 128, 8, 2), (64, 32, 8, 2)),
 }
 _SCORES_AMD = {64: ((64, 64, 4, 2), (64, 64, 4, 2)), 128: (None, (64, 32, 4, 2)), 256: (None, (32, 32, 4, 2))}
 # Plain multiply-adds keep the summed axis of their operands in registers, hence pieces of 32 columns (`widths`).
-_SCORES_FP32 = {64: ((64, 64, 8, 1), (64, 64, 8, 1)), 128: (None, (64, 32, 8, 1)), 256: (None, (16, 32, 8, 1))}
+_SCORES_FP32 = {64: ((64, 32, 8, 1), (64, 64, 8, 1)), 128: (None, (64, 32, 8, 1)), 256: (None, (32, 16, 8, 1))}
+# Eight warps of 64 threads would halve a thread's 512 registers, and spill.
+_SCORES_FP32_AMD = {64: ((64, 64, 4, 1), (64, 64, 4, 1)), 128: (None, (64, 32, 4, 1)), 256: (None, (16, 16, 4, 1))}
 SCORES = {
     ("sm_80", 2): _SCORES_80,
     ("sm_90", 2): _SCORES_90,
     ("hip", 2): _SCORES_AMD,
-    **dict.fromkeys((("sm_80", 4), ("sm_90", 4), ("hip", 4)), _SCORES_FP32),
+    **dict.fromkeys((("sm_80", 4), ("sm_90", 4)), _SCORES_FP32),
+    ("hip", 4): _SCORES_FP32_AMD,
 }
 # The norm of queries and keys costs its registers before the scores: where this says so, only the stages change.
 NORMED_STAGES = {("sm_90", 2, 64): 1}
-# Queries, keys and warps of a tile, by bytes of an element and padded head width, when each score also needs an address
-# in the mask or a random number, or each element of k and v an address of its own; nothing is fetched ahead. Norms are
-# taken beside the kernel where heads are wider than that.
+# Queries, keys and warps of a tile, by chip, bytes of an element and padded head width, when each score also needs an
+# address in the mask or a random number, or each element of k and v an address of its own; nothing is fetched ahead.
+# In fp32 there are fewer than 64 queries: that many and a mask of bytes, and Blackwell takes its matrix unit in tf32.
+_COSTLY_SCORES = {64: (64, 32, 8), 128: (64, 32, 8), 256: (16, 32, 8)}
+_COSTLY_SCORES_FP32 = {64: (16, 32, 4), 128: (16, 16, 8), 256: (16, 32, 8)}
 COSTLY_SCORES = {
-    2: {64: (64, 32, 8), 128: (64, 32, 8), 256: (16, 32, 8)},
-    4: {64: (64, 32, 8), 128: (64, 32, 8), 256: (16, 16, 8)},
+    ("sm_80", 2): {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
+    **dict.fromkeys((("sm_90", 2), ("hip", 2)), _COSTLY_SCORES),
+    **dict.fromkeys((("sm_80", 4), ("sm_90", 4)), _COSTLY_SCORES_FP32),
+    ("hip", 4): {64: (32, 32, 4), 128: (32, 32, 4), 256: (16, 16, 4)},
 }
-COSTLY_NORMED_SCORES = {2: {64: (64, 32, 8), 128: (32, 16, 8)}, 4: {64: (64, 32, 8), 128: (64, 32, 8)}}
+# Where norms need another one. They are taken beside the kernel where heads are wider than that.
+COSTLY_NORMED_SCORES = {
+    **dict.fromkeys((("sm_80", 2, 128), ("sm_90", 2, 128), ("hip", 2, 128)), (32, 16, 8)),
+    **dict.fromkeys((("sm_80", 4, 128), ("sm_90", 4, 128)), (16, 64, 8)),
+}
 MAX_NORMED_HEAD_DIM = 128
 
 # Attention's backward: choices for one pass, the smallest first: pieces of the keys, queries, warps, stages; then for a
@@ -109,21 +120,31 @@ _GRADIENTS_AMD = {
 }
 _GRADIENTS_FP32 = {
     64: ([((64,), 32, 8, 1)], (64, 64, 8, 1), (64, 64, 8, 1)),
-    128: ([], (32, 32, 8, 1), (32, 32, 8, 1)),
-    256: ([], (16, 16, 8, 1), (16, 16, 8, 1)),
+    128: ([], (32, 16, 4, 1), (32, 16, 8, 1)),
+    256: ([], (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+_GRADIENTS_FP32_AMD = {
+    64: ([((64,), 32, 4, 1)], (32, 64, 4, 1), (64, 64, 4, 1)),
+    128: ([], (32, 16, 4, 1), (32, 16, 4, 1)),
+    256: ([], (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 GRADIENTS = {
     ("sm_80", 2): _GRADIENTS_80,
     ("sm_90", 2): _GRADIENTS_90,
     ("hip", 2): _GRADIENTS_AMD,
-    **dict.fromkeys((("sm_80", 4), ("sm_90", 4), ("hip", 4)), _GRADIENTS_FP32),
+    **dict.fromkeys((("sm_80", 4), ("sm_90", 4)), _GRADIENTS_FP32),
+    ("hip", 4): _GRADIENTS_FP32_AMD,
 }
 # As COSTLY_SCORES; for both kernels, and one pass where the keys fit one tile.
+_COSTLY_GRADIENTS = {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 8)}
+_COSTLY_GRADIENTS_FP32 = {64: (16, 16, 4), 128: (32, 16, 8), 256: (16, 16, 4)}
 COSTLY_GRADIENTS = {
-    2: {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 8)},
-    4: {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 8)},
+    **dict.fromkeys((("sm_80", 2), ("sm_90", 2)), _COSTLY_GRADIENTS),
+    ("hip", 2): {64: (32, 32, 8), 128: (32, 32, 4), 256: (16, 16, 8)},
+    **dict.fromkeys((("sm_80", 4), ("sm_90", 4)), _COSTLY_GRADIENTS_FP32),
+    ("hip", 4): {64: (32, 32, 4), 128: (32, 16, 4), 256: (16, 16, 4)},
 }
-COSTLY_NORMED_GRADIENTS = {2: {64: (32, 32, 8), 128: (16, 16, 8)}, 4: {64: (32, 32, 8), 128: (32, 32, 8)}}
+COSTLY_NORMED_GRADIENTS = dict.fromkeys((("sm_80", 2, 128), ("sm_90", 2, 128), ("hip", 2, 128)), (16, 16, 8))
 
 # Fewer heads than that for each core: a program takes one tile of queries instead of all of a head.
 FEW_HEADS = 2
@@ -178,7 +199,8 @@ def _choice(lean: Any, costly: Any, normed: Any, chip: str, itemsize: int, head_
     width = max(_power_of_two(head_dim), 64)
     if not call.costly and (not call.norm or (chip, itemsize, width) in NORMED_STAGES):
         return lean[chip, itemsize][width], None
-    return None, (normed if call.norm else costly)[itemsize][width]
+    tile = costly[chip, itemsize][width]
+    return None, normed.get((chip, itemsize, width), tile) if call.norm else tile
 
 
 def scores(chip: str, itemsize: int, head_dim: int, call: Any) -> Scores:

@@ -163,7 +163,6 @@ def _attention_fwd_kernel(
             top = tl.full([BLOCK_M], float("-inf"), tl.float32)
             weight = tl.zeros([BLOCK_M], tl.float32)
             total = _zero_rows(BLOCK_M, WIDTHS)
-            tail = 0
             if not ONE_PASS:
                 tail = keys // TILE[0] * TILE[0]
                 stop = tail
@@ -178,14 +177,21 @@ def _attention_fwd_kernel(
                         q, k, v, top, weight, total, first_row, start, rows, keys, scale, mask_base, stride_mask,
                         seed_ptr, dropout, h, b, BLOCK_M, TILE, 1, MASK, CAUSAL, False,
                     )  # fmt: skip
-                k, v, spoiled = _keys_and_values(
-                    k_base, v_base, stride_k[2], stride_v[2], tail, keys, k_weight_ptr, k_bias_ptr, k_eps, spoiled,
-                    E, PIECES, FULL, WIDTHS, MASK, WIDE,
+                # At most once. In a loop, q is read from shared memory again; else its registers stay taken all along.
+                for _ in tl.range(tail, keys, TILE[0], num_stages=1):
+                    k, v, spoiled = _keys_and_values(
+                        k_base, v_base, stride_k[2], stride_v[2], tail, keys, k_weight_ptr, k_bias_ptr, k_eps, spoiled,
+                        E, PIECES, FULL, WIDTHS, MASK, WIDE,
+                    )  # fmt: skip
+                    top, weight, total = _attend(
+                        q, k, v, top, weight, total, first_row, tail, rows, keys, scale, mask_base, stride_mask,
+                        seed_ptr, dropout, h, b, BLOCK_M, PIECES, FULL, MASK, CAUSAL, False,
+                    )  # fmt: skip
+            else:
+                top, weight, total = _attend(
+                    q, k, v, top, weight, total, first_row, 0, rows, keys, scale, mask_base, stride_mask,
+                    seed_ptr, dropout, h, b, BLOCK_M, PIECES, FULL, MASK, CAUSAL, True,
                 )  # fmt: skip
-            top, weight, total = _attend(
-                q, k, v, top, weight, total, first_row, tail, rows, keys, scale, mask_base, stride_mask,
-                seed_ptr, dropout, h, b, BLOCK_M, PIECES, FULL, MASK, CAUSAL, ONE_PASS,
-            )  # fmt: skip
             if MASK == "bool":
                 total = _reveal(
                     total, spoiled, v_base, stride_v[2], first_row, rows, keys, mask_base, stride_mask,
