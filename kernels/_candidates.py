@@ -120,9 +120,8 @@ def _why_not(values: dict[str, Any], summed: str, chip: str, itemsize: int) -> s
     """Of one configuration; a product's tile is what lies beside the summed axis."""
     blocks = {name.removeprefix("BLOCK_"): value for name, value in values.items() if name.startswith("BLOCK_")}
     if isinstance(values.get("PIECES"), tuple):
-        blocks["N"] = (
-            sum(values["PIECES"]) if values.get("ONE_PASS") else max(*values["PIECES"], *values.get("TILE", (0,)))
-        )
+        pieces = values["PIECES"]
+        blocks["N"] = sum(pieces) if values.get("ONE_PASS") else max((*pieces, *values.get("TILE", ())))
         blocks["E"] = sum(values["WIDTHS"])
     product = "M" in blocks and "N" in blocks
     if product and min(blocks.values()) < SMALLEST_SIDE:

@@ -113,7 +113,7 @@ def test_legal_says_what_does_not_fit(choice: object, chip: str, word: str | Non
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "hip"])
 def test_what_is_chosen_is_legal(chip: str, itemsize: int) -> None:
     whole = {"ragged": False, "norm": False, "costly": False}
-    calls = [SimpleNamespace(rows=n, keys=n, heads=768, cores=132, **whole) for n in (5, 197, 577)]
+    calls = [SimpleNamespace(rows=n, keys=n, heads=768, cores=132, **whole) for n in (5, 197, 512, 577)]
     for choice in (
         *(_tuning.matmul(chip, itemsize, rows, 768, 3072, aligned) for rows in (1, 50000) for aligned in (True, False)),
         *(
