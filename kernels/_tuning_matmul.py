@@ -118,8 +118,9 @@ MATMUL_WEIGHT = {
     ),
     **{(chip, 2, False): (MatMulWeight(32, 64, 64, num_warps=4, num_stages=2),) for chip in CHIPS},
     **{
-        # An address for each of 32 rows, and it spills.
-        (chip, 4, aligned): (MatMulWeight(32 if aligned else 16, 64, 64, num_warps=4, num_stages=2),)
+        # An address for each row takes registers. The rows summed at a time are as many with it, so that a gradient's
+        # bits do not depend on how dy lies in memory.
+        (chip, 4, aligned): (MatMulWeight(32, 64, 64, num_warps=4 if aligned else 8, num_stages=2),)
         for chip in CHIPS
         for aligned in (True, False)
     },
