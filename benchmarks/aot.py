@@ -46,9 +46,10 @@ class Chip:
     multiprocessors: int
 
 
-# Multiprocessors are those of the A100, H200, B200 and MI300X.
+# Multiprocessors are those of the A100, H200, B200 and MI300X. sm_80 has the shared memory of consumer chips, which share
+# its tiles.
 CHIPS = {
-    "sm_80": Chip("cuda", 80, 32, "sm_80", 163 * KIB, "mma.sync", 108),
+    "sm_80": Chip("cuda", 80, 32, "sm_80", 99 * KIB, "mma.sync", 108),
     "sm_90": Chip("cuda", 90, 32, "sm_90", 227 * KIB, "wgmma", 132),
     "sm_100": Chip("cuda", 100, 32, "sm_90", 227 * KIB, "tcgen05", 148),
     "gfx942": Chip("hip", "gfx942", 64, "hip", 64 * KIB, "mfma", 304),

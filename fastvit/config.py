@@ -84,8 +84,9 @@ class ViTConfig:
         for name, valid in (("global_pool", POOLINGS), ("weight_init", WEIGHT_INITS), ("act_layer", ACTIVATIONS)):
             self._require(name, getattr(self, name) in valid, f"one of {valid}")
         self._require("pos_embed", self.pos_embed in ("learn", "none", ""), "'learn' or 'none'")
-        for name, value in (("mean", self.mean), ("std", self.std)):
-            fits = isinstance(value, (int, float)) or len(value) == self.in_chans
+        for name in ("mean", "std"):
+            each = self.of_each_channel(getattr(self, name))
+            fits = len(each) == self.in_chans and all(isinstance(number, (int, float)) for number in each)
             self._require(name, fits, f"a number or {self.in_chans} of them, one for each of in_chans")
         self._require("std", all(s > 0 for s in self.of_each_channel(self.std)), "positive")
         for name in (f.name for f in fields(self) if f.name.endswith("_rate")):
@@ -99,7 +100,7 @@ class ViTConfig:
 
     def of_each_channel(self, value: float | tuple[float, ...]) -> tuple[float, ...]:
         """mean or std as in_chans numbers."""
-        return (float(value),) * self.in_chans if isinstance(value, (int, float)) else tuple(map(float, value))
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,) * self.in_chans
 
     @property
     def prefix_tokens(self) -> int:

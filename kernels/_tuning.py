@@ -1,7 +1,7 @@
 """Every block size, warp count and stage count of the Triton kernels, as data, each with its reason.
 
 Not tuned yet: the numbers are the largest round ones with which every kernel compiles for sm_80, sm_90, sm_100 and
-gfx942 without a register spill and within 99 KiB of shared memory (64 KiB on AMD), so that consumer chips can too.
+gfx942 without a register spill, those of the key sm_80 within 99 KiB of shared memory, so that consumer chips can too.
 `tests/test_aot.py` holds them to that. Tables are keyed by chip (`_device.chip`) and by the bytes of an element:
 four-byte operands go through plain multiply-adds on NVIDIA (`input_precision="ieee"`), not a matrix unit, and want
 smaller tiles.

@@ -389,6 +389,8 @@ def small(*shape):
         (ValueError, "image must be", lambda: small(3, 32, 32)),
         (ValueError, "image must be", lambda: small(1, 4, 32, 32)),
         (ValueError, "weight_init must be one of", lambda: ViT(weight_init="xavier")),
+        (ValueError, "mean must be a number or 3", lambda: ViT(mean="abc")),
+        (ValueError, "std must be positive", lambda: ViT(std=0)),
         (ValueError, "indices must be in", lambda: ViT(**SMALL).forward_intermediates(torch.zeros(1, 3, 32, 32), [7])),
     ],
 )
