@@ -46,8 +46,8 @@ class Chip:
     multiprocessors: int
 
 
-# Multiprocessors are those of the A100, H200, B200 and MI300X. The shared memory of sm_80 is that of consumer chips, which
-# have the same tiles.
+# Multiprocessors are those of the A100, H200, B200 and MI300X.
+# The shared memory of sm_80 is that of consumer chips, which have the same tiles.
 CHIPS = {
     "sm_80": Chip("cuda", 80, 32, "sm_80", 99 * KIB, "mma.sync", 108),
     "sm_90": Chip("cuda", 90, 32, "sm_90", 227 * KIB, "wgmma", 132),
