@@ -41,18 +41,16 @@ class Chip:
     arch: int | str
     warp_size: int
     tuning: str
-    shared_limit: int
     matrix_instruction: str
     multiprocessors: int
 
 
 # Multiprocessors are those of the A100, H200, B200 and MI300X.
-# The shared memory of sm_80 is that of consumer chips, which have the same tiles.
 CHIPS = {
-    "sm_80": Chip("cuda", 80, 32, "sm_80", 99 * KIB, "mma.sync", 108),
-    "sm_90": Chip("cuda", 90, 32, "sm_90", 227 * KIB, "wgmma", 132),
-    "sm_100": Chip("cuda", 100, 32, "sm_90", 227 * KIB, "tcgen05", 148),
-    "gfx942": Chip("hip", "gfx942", 64, "hip", 64 * KIB, "mfma", 304),
+    "sm_80": Chip("cuda", 80, 32, "sm_80", "mma.sync", 108),
+    "sm_90": Chip("cuda", 90, 32, "sm_90", "wgmma", 132),
+    "sm_100": Chip("cuda", 100, 32, "sm_90", "tcgen05", 148),
+    "gfx942": Chip("hip", "gfx942", 64, "hip", "mfma", 304),
 }
 MATRIX_INSTRUCTIONS = ("wgmma", "tcgen05", "mma.sync", "mfma")
 
@@ -124,7 +122,7 @@ def compile_case(op: str, entry: str, case: str, dtype: str, chip: str, cache: s
     import triton
     from triton.runtime.jit import JITFunction
 
-    from fastvit.kernels import _device
+    from fastvit.kernels import _candidates, _device
 
     triton.knobs.cache.dir = cache
     triton.runtime.driver.set_active(_Driver(chip))
@@ -134,7 +132,8 @@ def compile_case(op: str, entry: str, case: str, dtype: str, chip: str, cache: s
     launch = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        row = Row(op, entry, case, dtype, chip, len(rows), self.__name__, shared_limit=CHIPS[chip].shared_limit)
+        row = Row(op, entry, case, dtype, chip, len(rows), self.__name__)
+        row.shared_limit = _candidates.SHARED_BYTES[CHIPS[chip].tuning]
         row.programs = math.prod(grid(options) if callable(grid) else grid)
         start = time.perf_counter()
         try:

@@ -92,11 +92,12 @@ COSTLY_SCORES = {
     **dict.fromkeys((("sm_80", 4), ("sm_90", 4)), _COSTLY_SCORES_FP32),
     ("hip", 4): {64: (32, 32, 4), 128: (32, 32, 4), 256: (16, 16, 4)},
 }
-# Where norms need another one. They are taken beside the kernel where heads are wider than that.
+# Where norms need another one.
 COSTLY_NORMED_SCORES = {
     **dict.fromkeys((("sm_80", 2, 128), ("sm_90", 2, 128), ("hip", 2, 128)), (32, 16, 8)),
     **dict.fromkeys((("sm_80", 4, 128), ("sm_90", 4, 128)), (16, 64, 8)),
 }
+# Norms of wider heads are taken beside the kernel.
 MAX_NORMED_HEAD_DIM = 128
 
 # Attention's backward: choices for one pass, the smallest first: pieces of the keys, queries, warps, stages; then for a

@@ -25,14 +25,14 @@ def test_packed(place):
         check(place, dtype, lambda qkv: ops.attention_packed(qkv, 2), lambda qkv: packed_eager(qkv, 2), tensors)
 
 
-def norm_tensors(tokens, head_dim):
-    tensors: dict[str, Tensor | None] = {"qkv": torch.randn(1, tokens, 3 * 2 * head_dim, dtype=torch.float64)}
+def norm_tensors(tokens, head_dim, images=1):
+    tensors: dict[str, Tensor | None] = {"qkv": torch.randn(images, tokens, 3 * 2 * head_dim, dtype=torch.float64)}
     return tensors | {name: torch.randn(head_dim, dtype=torch.float64) for name in ("qw", "qb", "kw")}
 
 
-@pytest.mark.parametrize("tokens", [19, 70])
+@pytest.mark.parametrize(("images", "tokens"), [(2, 19), (1, 70)])
 @pytest.mark.parametrize("place", PLACES)
-def test_packed_with_query_and_key_norm(place, tokens):
+def test_packed_with_query_and_key_norm(place, images, tokens):
     def op(qkv, qw, qb, kw):
         return ops.attention_packed(qkv, 2, q_norm=(qw, qb, 1e-6), k_norm=(kw, kw.detach(), 1e-1))
 
@@ -40,8 +40,8 @@ def test_packed_with_query_and_key_norm(place, tokens):
         return packed_eager(qkv, 2, ((qw, qb, 1e-6), (kw, kw.detach(), 1e-1)))
 
     for dtype in dtypes_of(place):
-        check(place, dtype, op, plain, norm_tensors(tokens, 32) | {"qb": None})
-        check(place, dtype, op, plain, norm_tensors(tokens, 80))
+        check(place, dtype, op, plain, norm_tensors(tokens, 32, images) | {"qb": None})
+        check(place, dtype, op, plain, norm_tensors(tokens, 80, images))
 
 
 @pytest.mark.parametrize("place", PLACES)
