@@ -2,8 +2,8 @@
 #include "cpu/math.h"
 #include "cpu/micro.h"
 
-// Scores are kept transposed, [S][query], so that softmax runs along the keys with a query in every lane, and so that
-// the probabilities of a block are already a tile to broadcast from in the product with v.
+// A tile of queries meets every key at once: scores [query][key] stay in the cache, softmax runs along a row, and the
+// probabilities are left as the lines that the product with v reads.
 
 template <class T>
 bool visible(const AttentionArgs<T>& g, const void* mask, int64_t query, int64_t key) {
@@ -12,28 +12,40 @@ bool visible(const AttentionArgs<T>& g, const void* mask, int64_t query, int64_t
   return static_cast<const uint8_t*>(mask)[query * g.mask_strides[2] + key * g.mask_strides[3]] != 0;
 }
 
+// Up to a vector of elements `step` apart.
 template <class T>
-FASTVIT_INLINE Vec<accumulator_t<T>> masked(const AttentionArgs<T>& g, const void* mask, int64_t query, int64_t count,
-                                            int64_t key, Vec<accumulator_t<T>> score) {
+FASTVIT_INLINE Vec<accumulator_t<T>> gather(const T* p, int64_t step, int64_t n) {
+  constexpr int lanes = kLanes<accumulator_t<T>>;
+  if (step == 1) return load(p, n);
+  T values[lanes] = {};
+  for (int64_t i = 0; i < lanes && i < n; i++) values[i] = p[i * step];
+  return load(values);
+}
+
+// The scores of one query and the n keys from `key` on, scaled and masked.
+template <class T>
+FASTVIT_INLINE Vec<accumulator_t<T>> masked(const AttentionArgs<T>& g, const void* mask, int64_t query, int64_t key,
+                                            int64_t n, Vec<accumulator_t<T>> score) {
   using A = accumulator_t<T>;
-  const int64_t n = count < kLanes<A> ? count : kLanes<A>;
-  const int64_t step = g.mask_strides[2], offset = query * step + key * g.mask_strides[3];
-  Vec<A> lanes{};
+  constexpr int lanes = kLanes<A>;
+  const int64_t step = g.mask_strides[3], offset = query * g.mask_strides[2] + key * step;
+  const Vec<A> hidden = Vec<A>{} - A(INFINITY);
+  score *= A(g.scale);
   if (g.mask_kind == MaskKind::boolean) {
     const uint8_t* m = static_cast<const uint8_t*>(mask) + offset;
-    if (step == 0) return *m ? score : Vec<A>{} - A(INFINITY);
-    for (int64_t i = 0; i < n; i++) lanes[i] = m[i * step] ? A(1) : A(0);
-    return lanes != Vec<A>{} ? score : Vec<A>{} - A(INFINITY);
+    Vec<A> shown{};
+    for (int64_t i = 0; i < lanes && i < n; i++) shown[i] = m[i * step] ? A(1) : A(0);
+    score = shown != Vec<A>{} ? score : hidden;
+  } else if (g.mask_kind == MaskKind::additive) {
+    score += gather(static_cast<const T*>(mask) + offset, step, n);
+  } else if (g.mask_kind == MaskKind::additive_float) {
+    const float* m = static_cast<const float*>(mask) + offset;
+    for (int64_t i = 0; i < lanes && i < n; i++) score[i] += m[i * step];
   }
-  if (g.mask_kind == MaskKind::additive) {
-    const T* m = static_cast<const T*>(mask) + offset;
-    T values[kLanes<A>] = {};
-    for (int64_t i = 0; i < n; i++) values[i] = m[i * step];
-    return score + load(values);
-  }
-  const float* m = static_cast<const float*>(mask) + offset;
-  for (int64_t i = 0; i < n; i++) lanes[i] = m[i * step];
-  return score + lanes;
+  if (g.causal && key + lanes > query + 1)
+    for (int64_t i = 0; i < lanes; i++)
+      if (key + i > query) score[i] = -A(INFINITY);
+  return score;
 }
 
 template <class A>
@@ -41,69 +53,66 @@ FASTVIT_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
   return a > b ? a : b;
 }
 
-// scores <- exp(scale * scores + mask - max), and the maximum and the sum of every query.
-template <class T, int NV>
-void softmax(const AttentionArgs<T>& g, const void* mask, int64_t query, int64_t count, int64_t keys,
-             accumulator_t<T>* scores, accumulator_t<T>* maximum, accumulator_t<T>* total) {
+template <class A>
+FASTVIT_INLINE Vec<A> hide_beyond(Vec<A> v, int64_t n) {
+  for (int64_t i = n; i < kLanes<A>; i++) v[i] = -A(INFINITY);
+  return v;
+}
+
+// exp(scale * scores + mask - max) of one query as units, and its maximum and sum.
+template <class T, class C>
+void softmax_row(const AttentionArgs<T>& g, const void* mask, int64_t query, int64_t keys, accumulator_t<T>* scores,
+                 unit_t<C>* probabilities, int64_t line_stride, accumulator_t<T>& maximum, accumulator_t<T>& total) {
   using A = accumulator_t<T>;
-  constexpr int lanes = kLanes<A>, width = NV * lanes;
-  Vec<A> positions;
-  for (int i = 0; i < lanes; i++) positions[i] = A(i);
-  Vec<A> largest[NV];
-  for (int v = 0; v < NV; v++) largest[v] = Vec<A>{} - A(INFINITY);
-  for (int64_t key = 0; key < keys; key++)
-    for (int v = 0; v < NV; v++) {
-      A* p = scores + key * width + v * lanes;
-      const int64_t first = query + v * lanes;
-      Vec<A> s = load(p) * A(g.scale);
-      if (g.mask_kind != MaskKind::none && count > v * lanes) s = masked(g, mask, first, count - v * lanes, key, s);
-      if (g.causal && key > first) s = positions < A(key - first) ? Vec<A>{} - A(INFINITY) : s;
-      largest[v] = larger<A>(s, largest[v]);
-      store(p, s);
+  constexpr int64_t lanes = kLanes<A>, per_unit = Units<C>::kPerUnit;
+  const bool special = g.mask_kind != MaskKind::none || g.causal || !(g.scale >= 0);
+  Vec<A> largest[2] = {Vec<A>{} - A(INFINITY), Vec<A>{} - A(INFINITY)};
+  int64_t key = 0, turn = 0;
+  for (; key < keys; key += lanes, turn ^= 1) {
+    Vec<A> s = load(scores + key);
+    if (special) s = masked(g, mask, query, key, keys - key, s);
+    if (keys - key < lanes) s = hide_beyond<A>(s, keys - key);
+    if (special || keys - key < lanes) store(scores + key, s);
+    largest[turn] = larger<A>(s, largest[turn]);
+  }
+  for (; key < lines_of<C>(keys) * kLine<C>; key += lanes) store(scores + key, Vec<A>{} - A(INFINITY));
+  const A top = max_of<A>(larger<A>(largest[0], largest[1])), shift = top == -A(INFINITY) ? A(0) : top;
+  const A factor = special ? A(1) : A(g.scale);
+  Vec<A> sum[4] = {};
+  for (key = 0; key < keys; key += kLine<C>, probabilities += line_stride) {
+    Vec<A> e[per_unit];
+    for (int v = 0; v < per_unit; v++) {
+      e[v] = exp((load(scores + key + v * lanes) - shift) * factor);
+      sum[(key / lanes + v) & 3] += e[v];
     }
-  Vec<A> sum[NV] = {}, shift[NV];
-  for (int v = 0; v < NV; v++) shift[v] = largest[v] == Vec<A>{} - A(INFINITY) ? Vec<A>{} : largest[v];
-  constexpr int64_t kPartial = 32;
-  for (int64_t begin = 0; begin < keys; begin += kPartial) {
-    const int64_t end = begin + kPartial < keys ? begin + kPartial : keys;
-    Vec<A> part[NV] = {};
-    for (int64_t key = begin; key < end; key++)
-      for (int v = 0; v < NV; v++) {
-        A* p = scores + key * width + v * lanes;
-        const Vec<A> e = exp(load(p) - shift[v]);
-        part[v] += e;
-        store(p, e);
-      }
-    for (int v = 0; v < NV; v++) sum[v] += part[v];
+    store(probabilities, Units<C>::from(e));
   }
-  for (int v = 0; v < NV; v++) {
-    store(maximum + v * lanes, largest[v]);
-    store(total + v * lanes, sum[v]);
-  }
+  maximum = special ? top : top * factor;
+  total = sum_of<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 #if FASTVIT_ISA >= FASTVIT_ISA_AVX512_BF16
-FASTVIT_INLINE Vec<float> pair(VecU low, VecU high) { return bit_cast<Vec<float>>(low | (high << 16)); }
 FASTVIT_INLINE VecU bits_of(const bfloat16* p, int64_t n) { return bit_cast<VecU>(load(p, n)) >> 16; }
+FASTVIT_INLINE Vec<float> pair(VecU low, VecU high) { return bit_cast<Vec<float>>(low | (high << 16)); }
 #endif
 
 // Values as [unit of keys][padded E]; answers whether all of them are finite.
-template <class T>
-bool pack_values(const T* v, int64_t stride, int64_t keys, int64_t width, accumulator_t<T>* dst, int64_t padded) {
-  using A = accumulator_t<T>;
-  constexpr int lanes = kLanes<A>, per_unit = Units<T>::kPerUnit;
+template <class C, class T>
+bool pack_values(const T* v, int64_t stride, int64_t keys, int64_t width, unit_t<C>* dst, int64_t padded) {
+  using A = unit_t<C>;
+  constexpr int lanes = kLanes<A>, per_unit = Units<C>::kPerUnit;
   Vec<A> check{};
   for (int64_t key = 0; key < keys; key += per_unit)
-    for (int64_t e = 0; e < width; e += lanes) {
+    for (int64_t e = 0; e < padded; e += lanes) {
       const T* p = v + key * stride + e;
-      const Vec<A> value = load(p, width - e);
+      const Vec<A> value = e < width ? load(p, width - e) : Vec<A>{};
       check += value * A(0);
       A* out = dst + key / per_unit * padded + e;
 #if FASTVIT_ISA >= FASTVIT_ISA_AVX512_BF16
       if constexpr (per_unit == 2) {
-        const bool both = key + 1 < keys;
+        const bool both = key + 1 < keys && e < width;
         if (both) check += load(p + stride, width - e) * A(0);
-        store(out, pair(bits_of(p, width - e), both ? bits_of(p + stride, width - e) : VecU{}));
+        store(out, pair(bit_cast<VecU>(value) >> 16, both ? bits_of(p + stride, width - e) : VecU{}));
         continue;
       }
 #endif
@@ -112,148 +121,136 @@ bool pack_values(const T* v, int64_t stride, int64_t keys, int64_t width, accumu
   return sum_of<A>(check) == A(0);
 }
 
-// Probabilities as the units of the second product, in place.
-template <class T, int NV>
-FASTVIT_INLINE void pack_probabilities(accumulator_t<T>* scores, int64_t keys) {
-#if FASTVIT_ISA >= FASTVIT_ISA_AVX512_BF16
-  if constexpr (Units<T>::kPerUnit == 2) {
-    constexpr int lanes = kLanes<float>, width = NV * lanes;
-    for (int64_t key = 0; key < keys; key += 2)
-      for (int v = 0; v < NV; v++) {
-        const float* p = scores + key * width + v * lanes;
-        const Vec<float> next = key + 1 < keys ? load(p + width) : Vec<float>{};
-        bfloat16 low[lanes], high[lanes];
-        store(low, load(p));
-        store(high, next);
-        store(scores + key / 2 * width + v * lanes, pair(bits_of(low, lanes), bits_of(high, lanes)));
-      }
-  }
-#endif
-}
-
 // What one thread needs for one head.
 template <class T>
 struct HeadBuffers {
-  using A = accumulator_t<T>;
-  A *keys, *values, *queries, *scores;
-  bool finite_values;
+  using C = compute_t<T>;
+  using A = unit_t<C>;
+  int64_t units, padded, score_stride, key_size, value_size;
+  A *keys, *values, *queries, *scores, *probabilities, *sums;
+  bool finite_values = true;
+
+  HeadBuffers(int64_t key_count, int64_t head_dim) {
+    constexpr int64_t lanes = kLanes<A>;
+    units = units_of<C>(head_dim);
+    padded = (head_dim + lanes - 1) / lanes * lanes;
+    score_stride = panels_of<C>(key_count) * kPanel<C>;
+    if (score_stride < lines_of<C>(key_count) * kLine<C>) score_stride = lines_of<C>(key_count) * kLine<C>;
+    key_size = panels_of<C>(key_count) * kPanel<C> * units;
+    value_size = units_of<C>(key_count) * padded + kPanel<C>;
+  }
+  // In elements of A.
+  int64_t size() const {
+    return key_size + value_size + kTileRows * (row_units<C>(units * Units<C>::kPerUnit) + 2 * score_stride + padded) +
+           4 * kPanel<C>;
+  }
+  void place(A* memory) {
+    keys = memory;
+    values = keys + key_size;
+    queries = values + (value_size + 15) / 16 * 16;
+    scores = queries + kTileRows * row_units<C>(units * Units<C>::kPerUnit);
+    probabilities = scores + kTileRows * score_stride;
+    sums = probabilities + kTileRows * score_stride;
+  }
 };
+
+template <class T>
+void pack_head(const AttentionArgs<T>& g, HeadBuffers<T>& buffers, int64_t batch, int64_t head) {
+  using C = compute_t<T>;
+  const T* k = g.k + batch * g.k_strides[0] + head * g.k_strides[1];
+  const T* v = g.v + batch * g.v_strides[0] + head * g.v_strides[1];
+  for (int64_t p = 0; p < panels_of<C>(g.keys); p++)
+    pack_panel<C>(k, g.k_strides[2], p * kPanel<C>, g.keys, g.head_dim, buffers.keys + p * buffers.units * kPanel<C>);
+  buffers.finite_values = pack_values<C>(v, g.v_strides[2], g.keys, g.head_dim, buffers.values, buffers.padded);
+}
 
 // Values that are not finite must not reach the queries that cannot see them, and 0 * inf would: these heads are summed
 // key by key.
-template <class T>
-void visible_sum(const AttentionArgs<T>& g, const T* v, const void* mask, int64_t query, int64_t keys,
-                 const accumulator_t<T>* probability, int64_t width, accumulator_t<T> inverse, T* out) {
+template <class T, class Put>
+void visible_sum(const AttentionArgs<T>& g, const HeadBuffers<T>& buffers, int64_t batch, int64_t head,
+                 const void* mask, int64_t query, int64_t keys, const accumulator_t<T>* scores, accumulator_t<T> shift,
+                 accumulator_t<T> inverse, const Put& put) {
   using A = accumulator_t<T>;
+  const T* v = g.v + batch * g.v_strides[0] + head * g.v_strides[1];
   for (int64_t e = 0; e < g.head_dim; e += kLanes<A>) {
     Vec<A> sum{};
     for (int64_t key = 0; key < keys; key++)
       if (visible(g, mask, query, key))
-        sum += load(v + key * g.v_strides[2] + e, g.head_dim - e) * probability[key * width];
-    store(out + e, sum * inverse, g.head_dim - e);
+        sum += load(v + key * g.v_strides[2] + e, g.head_dim - e) * A(::exp(double(scores[key] - shift)));
+    put(query, e, sum * inverse);
   }
 }
 
-template <class T, int NV>
-void product_with_values(const AttentionArgs<T>& g, const HeadBuffers<T>& buffers, int64_t count, int64_t keys,
-                         int64_t padded, const accumulator_t<T>* inverse, T* out) {
-  using A = accumulator_t<T>;
-  constexpr int lanes = kLanes<A>, width = NV * lanes;
-  const int64_t units = units_of(keys, Units<T>::kPerUnit), row_stride = g.heads * g.head_dim;
-  alignas(64) A sums[kTileRows<A> * kPanel<A>];
-  const int64_t tiles = (count + kTileRows<A> - 1) / kTileRows<A>;
-  for (int64_t t = 0; t < tiles; t++) {
-    const int64_t first = count * t / tiles, rows = count * (t + 1) / tiles - first;
-    for (int64_t e = 0; e < g.head_dim; e += kPanel<A>) {
-      const int vectors = padded - e >= kPanel<A> ? kPanelVectors : 1;
-      const auto micro =
-          vectors == kPanelVectors ? micro_of<T, kPanelVectors, width>(rows) : micro_of<T, 1, width>(rows);
-      micro(buffers.scores + first, buffers.values + e, padded, units, sums);
-      for (int64_t i = 0; i < rows; i++)
-        for (int j = 0; j < vectors && e + j * lanes < g.head_dim; j++)
-          store(out + (first + i) * row_stride + e + j * lanes,
-                load(sums + (i * vectors + j) * lanes) * inverse[first + i], g.head_dim - e - j * lanes);
-    }
-  }
-}
-
-// The queries [query, query + count) of one head, count <= NV * kLanes.
-template <class T, int NV>
-void attend(const AttentionArgs<T>& g, const HeadBuffers<T>& buffers, int64_t batch, int64_t head, int64_t query,
-            int64_t count) {
-  using A = accumulator_t<T>;
-  constexpr int lanes = kLanes<A>, width = NV * lanes, tile_rows = kTileRows<A>;
-  const int64_t units = units_of(g.head_dim, Units<T>::kPerUnit), padded = (g.head_dim + lanes - 1) / lanes * lanes;
-  const int64_t keys = g.causal && query + count < g.keys ? query + count : g.keys;
+// The queries [query, query + count) of the head in the buffers, count <= kTileRows; put(query, e, values) takes the
+// result a vector at a time.
+template <class T, class Put>
+FASTVIT_INLINE void attend(const AttentionArgs<T>& g, const HeadBuffers<T>& buffers, int64_t batch, int64_t head,
+                           int64_t query, int64_t count, const Put& put) {
+  using C = compute_t<T>;
+  using A = unit_t<C>;
+  constexpr int64_t lanes = kLanes<A>, panel = kPanel<C>;
+  const int64_t keys = g.causal && query + count < g.keys ? query + count : g.keys, stride = buffers.score_stride;
   const T* q = g.q + batch * g.q_strides[0] + head * g.q_strides[1] + query * g.q_strides[2];
-  for (int v = 0; v < NV; v++)
-    pack(q + v * lanes * g.q_strides[2], g.q_strides[2], count - v * lanes, g.head_dim, buffers.queries + v * lanes,
-         width);
-  for (int64_t key = 0, t = 0; key < keys; key += tile_rows, t++) {
-    const int64_t rows = keys - key < tile_rows ? keys - key : tile_rows;
-    micro_of<T, NV, tile_rows>(rows)(buffers.keys + t * tile_stride<A>(units), buffers.queries, width, units,
-                                     buffers.scores + key * width);
+  pack_lines<C>(q, g.q_strides[2], count, g.head_dim, buffers.queries);
+  for (int64_t key = 0; key < keys; key += panel) {
+    const auto tile = keys - key > lanes ? micro_of<C, kPanelVectors>(count) : micro_of<C, 1>(count);
+    const A* k = buffers.keys + key * buffers.units;
+    tile(buffers.queries, k, panel, buffers.units, buffers.scores + key, stride, false,
+         reinterpret_cast<const char*>(k + panel * buffers.units));
   }
   const int64_t mask_offset = batch * g.mask_strides[0] + head * g.mask_strides[1];
   const int64_t mask_bytes = g.mask_kind == MaskKind::boolean ? 1 : g.mask_kind == MaskKind::additive ? sizeof(T) : 4;
   const char* mask = static_cast<const char*>(g.mask) + (g.mask ? mask_offset * mask_bytes : 0);
-  alignas(64) A maximum[width], total[width], inverse[width];
-  softmax<T, NV>(g, mask, query, count, keys, buffers.scores, maximum, total);
+  A maximum[kTileRows], inverse[kTileRows];
   for (int64_t i = 0; i < count; i++) {
-    inverse[i] = maximum[i] == -A(INFINITY) && total[i] == A(0) ? A(0) : A(1) / total[i];
-    g.lse[(batch * g.heads + head) * g.queries + query + i] = maximum[i] + std::log(total[i]);
+    A total;
+    softmax_row<T, C>(g, mask, query + i, keys, buffers.scores + i * stride, buffers.probabilities + i * lanes,
+                      count * lanes, maximum[i], total);
+    inverse[i] = maximum[i] == -A(INFINITY) && total == A(0) ? A(0) : A(1) / total;
+    if (g.lse) g.lse[(batch * g.heads + head) * g.queries + query + i] = maximum[i] + std::log(total);
   }
-  T* out = g.out + ((batch * g.queries + query) * g.heads + head) * g.head_dim;
   if (!buffers.finite_values && (g.causal || g.mask_kind == MaskKind::boolean)) {
-    const T* v = g.v + batch * g.v_strides[0] + head * g.v_strides[1];
     for (int64_t i = 0; i < count; i++)
-      visible_sum(g, v, mask, query + i, keys, buffers.scores + i, width, inverse[i], out + i * g.heads * g.head_dim);
+      visible_sum(g, buffers, batch, head, mask, query + i, keys, buffers.scores + i * stride,
+                  maximum[i] == -A(INFINITY) ? A(0) : maximum[i], inverse[i], put);
     return;
   }
-  pack_probabilities<T, NV>(buffers.scores, keys);
-  product_with_values<T, NV>(g, buffers, count, keys, padded, inverse, out);
+  for (int64_t e = 0; e < g.head_dim; e += panel) {
+    const auto tile = buffers.padded - e > lanes ? micro_of<C, kPanelVectors>(count) : micro_of<C, 1>(count);
+    tile(buffers.probabilities, buffers.values + e, buffers.padded, units_of<C>(keys), buffers.sums + e, buffers.padded,
+         false, reinterpret_cast<const char*>(buffers.values));
+  }
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t e = 0; e < g.head_dim; e += lanes)
+      put(query + i, e, load(buffers.sums + i * buffers.padded + e) * inverse[i]);
 }
 
 template <class T>
 void attention(const AttentionArgs<T>& g) {
-  using A = accumulator_t<T>;
-  constexpr int lanes = kLanes<A>, block = kPanel<A>, tile_rows = kTileRows<A>, per_unit = Units<T>::kPerUnit;
+  using A = unit_t<compute_t<T>>;
   if (g.queries == 0 || g.head_dim == 0) return;
-  const int64_t units = units_of(g.head_dim, per_unit), padded = (g.head_dim + lanes - 1) / lanes * lanes;
-  const int64_t stride = tile_stride<A>(units), tiles = (g.keys + tile_rows - 1) / tile_rows;
-  const int64_t key_size = tiles * stride, value_size = units_of(g.keys, per_unit) * padded;
-  const int64_t query_size = (units + lanes) * block, score_size = (g.keys + 1) * block;
-  const int64_t pairs = g.batch * g.heads, blocks = (g.queries + block - 1) / block, threads = thread_count();
+  HeadBuffers<T> buffers(g.keys, g.head_dim);
+  const Tiles tiles(g.queries);
+  const int64_t pairs = g.batch * g.heads, threads = thread_count();
   int64_t splits = pairs % threads == 0 || pairs >= 4 * threads ? 1 : (4 * threads + pairs - 1) / (pairs + 1);
-  splits = splits < blocks ? splits : blocks;
-  parallel_for(pairs * splits, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch((key_size + value_size + query_size + score_size + 4 * lanes) * sizeof(A));
-    HeadBuffers<T> buffers;
-    buffers.queries = scratch.as<A>();
-    buffers.scores = buffers.queries + query_size;
-    buffers.values = buffers.scores + score_size;
-    buffers.keys = buffers.values + value_size;
-    int64_t packed = -1;
-    for (int64_t item = begin; item < end; item++) {
-      const int64_t pair = item / splits, split = item % splits, batch = pair / g.heads, head = pair % g.heads;
-      if (pair != packed) {
-        const T* k = g.k + batch * g.k_strides[0] + head * g.k_strides[1];
-        const T* v = g.v + batch * g.v_strides[0] + head * g.v_strides[1];
-        for (int64_t t = 0; t < tiles; t++) {
-          const int64_t key = t * tile_rows, rows = g.keys - key < tile_rows ? g.keys - key : tile_rows;
-          pack(k + key * g.k_strides[2], g.k_strides[2], rows, g.head_dim, buffers.keys + t * stride, tile_rows);
-        }
-        buffers.finite_values = pack_values(v, g.v_strides[2], g.keys, g.head_dim, buffers.values, padded);
+  splits = splits < tiles.count ? splits : tiles.count;
+  const Scratch scratch(threads * buffers.size() * sizeof(A));
+  Team team(threads, 1);
+  parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t lane = begin; lane < end; lane++) {
+      HeadBuffers<T> mine = buffers;
+      mine.place(scratch.as<A>() + lane * buffers.size());
+      int64_t packed = -1;
+      Team::Worker(team, lane).each(pairs * splits, [&](int64_t item) {
+        const int64_t pair = item / splits, split = item % splits, batch = pair / g.heads, head = pair % g.heads;
+        if (pair != packed) pack_head(g, mine, batch, head);
         packed = pair;
-      }
-      const int64_t last = blocks * (split + 1) / splits * block;
-      for (int64_t query = blocks * split / splits * block; query < last && query < g.queries; query += block) {
-        const int64_t left = g.queries - query;
-        if (left > lanes)
-          attend<T, kPanelVectors>(g, buffers, batch, head, query, left < block ? left : block);
-        else
-          attend<T, 1>(g, buffers, batch, head, query, left);
-      }
+        T* out = g.out + (batch * g.queries * g.heads + head) * g.head_dim;
+        for (int64_t t = tiles.count * split / splits; t < tiles.count * (split + 1) / splits; t++)
+          attend(g, mine, batch, head, tiles.begin(t), tiles.height(t), [&](int64_t query, int64_t e, Vec<A> v) {
+            store(out + query * g.heads * g.head_dim + e, v, g.head_dim - e);
+          });
+      });
     }
   });
 }

@@ -41,6 +41,7 @@ struct GemmArgs {
   int64_t x_stride = 0;
   const T* weight = nullptr;
   int64_t weight_stride = 0;
+  const void* panels = nullptr;  // the weight as pack_weight left it, or null
   int64_t m = 0, n = 0, k = 0;
   const T* bias = nullptr;
   const T* layer_scale = nullptr;

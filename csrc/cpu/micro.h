@@ -1,62 +1,111 @@
-// Packing and the register tile of the matrix products. Included inside the namespace of an instruction set, after
-// simd.h.
+// The register tile of the matrix products and the layouts of its operands. Included inside the namespace of an
+// instruction set, after simd.h.
 //
-// Both operands are packed with k outermost, so that one step of k reads two short contiguous runs whatever the strides
-// of the matrices were: a tile [k][kTileRows], whose elements are broadcast, and a panel [k][kPanel], read as vectors.
+// A unit is what one lane of an accumulator consumes per step: one element, or as many neighbours along k as the dot
+// product instructions take. Rows lie as lines: tile by tile, [line][row][kLanes units], so that a row keeps its order
+// and a tile is one stream. Weights lie as panels: [unit][kPanel], a vector of output channels for each unit of k.
 
-// How T enters a product: as units that hold one k each, converted to the accumulator's type.
+// The type a product of T computes with.
 template <class T>
+struct ComputeOf {
+  using type = accumulator_t<T>;
+};
+#if FASTVIT_ISA >= FASTVIT_ISA_AVX512_BF16
+template <>
+struct ComputeOf<bfloat16> {
+  using type = bfloat16;
+};
+#endif
+template <class T>
+using compute_t = typename ComputeOf<T>::type;
+
+// Units only travel as A until the instruction takes them apart.
+template <class C>
 struct Units {
-  using A = accumulator_t<T>;
+  using A = C;
   static constexpr int kPerUnit = 1;
-  FASTVIT_INLINE static Vec<A> load_units(const T* p, int64_t elements) { return load(p, elements); }
+  // The first n of a vector's units from elements of T; the others are zero.
+  template <class T>
+  FASTVIT_INLINE static Vec<A> from(const T* p, int64_t n) {
+    return load(p, n);
+  }
+  // kPerUnit vectors of numbers as a vector of units.
+  FASTVIT_INLINE static Vec<A> from(const Vec<A>* v) { return v[0]; }
   FASTVIT_INLINE static Vec<A> multiply_add(A a, Vec<A> b, Vec<A> sum) { return a * b + sum; }
 };
 
 #if FASTVIT_ISA >= FASTVIT_ISA_AVX512_BF16
-// Units of two consecutive k: 32 bits that only travel as a float until the instruction takes them apart.
 template <>
 struct Units<bfloat16> {
+  using A = float;
   static constexpr int kPerUnit = 2;
-  FASTVIT_INLINE static Vec<float> load_units(const bfloat16* p, int64_t elements) {
-    if (elements >= 32) return load_bits<Vec<float>>(p);
-    bfloat16 buffer[32] = {};
-    std::memcpy(buffer, p, elements * sizeof(bfloat16));
-    return load_bits<Vec<float>>(buffer);
+  template <class T>
+  FASTVIT_INLINE static Vec<float> from(const T* p, int64_t n) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      if (n >= 32) return load_bits<Vec<float>>(p);
+      bfloat16 buffer[32] = {};
+      std::memcpy(buffer, p, n * sizeof(bfloat16));
+      return load_bits<Vec<float>>(buffer);
+    } else {
+      const Vec<float> v[2] = {load(p, n), n > 16 ? load(p + 16, n - 16) : Vec<float>{}};
+      return from(v);
+    }
   }
+  FASTVIT_INLINE static Vec<float> from(const Vec<float>* v) { return (Vec<float>)_mm512_cvtne2ps_pbh(v[1], v[0]); }
   FASTVIT_INLINE static Vec<float> multiply_add(float a, Vec<float> b, Vec<float> sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
   }
 };
 #endif
 
-template <class A>
-constexpr int at_most_lanes(int rows) {
-  return rows < kLanes<A> ? rows : kLanes<A>;
-}
+template <class C>
+using unit_t = typename Units<C>::A;
 
 // As many accumulators as the registers hold beside the operands.
 #if FASTVIT_ISA >= FASTVIT_ISA_AVX512
-constexpr int kRegisterRows = 14;
+constexpr int kTileRows = 14;
 #elif FASTVIT_ISA == FASTVIT_ISA_AVX2
-constexpr int kRegisterRows = 6;
+constexpr int kTileRows = 6;
 #else
-constexpr int kRegisterRows = 4;
+constexpr int kTileRows = 4;
 #endif
 constexpr int kPanelVectors = 2;
 
-template <class A>
-constexpr int kTileRows = at_most_lanes<A>(kRegisterRows);
-template <class A>
-constexpr int kPanel = kPanelVectors * kLanes<A>;
+template <class C>
+constexpr int kPanel = kPanelVectors * kLanes<unit_t<C>>;
+template <class C>
+constexpr int kLine = kLanes<unit_t<C>> * Units<C>::kPerUnit;
 
-inline int64_t units_of(int64_t k, int per_unit) { return (k + per_unit - 1) / per_unit; }
-
-// Packing stores whole vectors: up to kLanes units beyond the last one are overwritten.
-template <class A>
-int64_t tile_stride(int64_t units) {
-  return (units * kTileRows<A> + 2 * kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+template <class C>
+int64_t units_of(int64_t k) {
+  return (k + Units<C>::kPerUnit - 1) / Units<C>::kPerUnit;
 }
+template <class C>
+int64_t lines_of(int64_t k) {
+  return (k + kLine<C> - 1) / kLine<C>;
+}
+// Units that a row of k elements takes as lines.
+template <class C>
+int64_t row_units(int64_t k) {
+  return lines_of<C>(k) * kLanes<unit_t<C>>;
+}
+template <class C>
+int64_t panels_of(int64_t n) {
+  return (n + kPanel<C> - 1) / kPanel<C>;
+}
+
+// Rows cut into tiles of nearly equal height.
+struct Tiles {
+  int64_t rows, count;
+  explicit Tiles(int64_t m) : rows(m), count((m + kTileRows - 1) / kTileRows) {}
+  int64_t begin(int64_t tile) const { return rows * tile / count; }
+  int64_t height(int64_t tile) const { return begin(tile + 1) - begin(tile); }
+  int64_t tile_of(int64_t row) const {
+    int64_t tile = row * count / rows;
+    while (begin(tile + 1) <= row) tile++;
+    return tile;
+  }
+};
 
 template <int S, class V, size_t... J>
 FASTVIT_INLINE void exchange(V& a, V& b, std::index_sequence<J...>) {
@@ -82,17 +131,26 @@ FASTVIT_INLINE void transpose(Vec<A>* r) {
   if constexpr (S > 1) transpose<A, S / 2>(r);
 }
 
-// Writes up to kLanes rows of k elements as columns, dst[unit * width + row]; columns without a row are zero.
-template <class T>
-void pack(const T* src, int64_t stride, int64_t rows, int64_t k, accumulator_t<T>* dst, int64_t width) {
-  using A = accumulator_t<T>;
-  constexpr int lanes = kLanes<A>, per_unit = Units<T>::kPerUnit;
-  const int64_t units = units_of(k, per_unit);
+// Rows of k elements as the lines of one tile.
+template <class C, class T>
+FASTVIT_INLINE void pack_lines(const T* src, int64_t stride, int64_t rows, int64_t k, unit_t<C>* dst) {
+  constexpr int lanes = kLanes<unit_t<C>>, line = kLine<C>;
+  for (int64_t begin = 0; begin < k; begin += line)
+    for (int64_t i = 0; i < rows; i++, dst += lanes) store(dst, Units<C>::from(src + i * stride + begin, k - begin));
+}
+
+// Up to kLanes rows of k elements as a vector's worth of a panel's columns, dst[unit * width + row]; columns without a
+// row are zero.
+template <class C, class T>
+void pack_columns(const T* src, int64_t stride, int64_t rows, int64_t k, unit_t<C>* dst, int64_t width) {
+  using A = unit_t<C>;
+  constexpr int lanes = kLanes<A>, per_unit = Units<C>::kPerUnit;
+  const int64_t units = units_of<C>(k);
   for (int64_t u = 0; u < units; u += lanes) {
     Vec<A> r[lanes];
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; i++)
-      r[i] = i < rows ? Units<T>::load_units(src + i * stride + u * per_unit, k - u * per_unit) : Vec<A>{};
+      r[i] = i < rows ? Units<C>::from(src + i * stride + u * per_unit, k - u * per_unit) : Vec<A>{};
     transpose<A>(r);
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; i++)
@@ -100,54 +158,69 @@ void pack(const T* src, int64_t stride, int64_t rows, int64_t k, accumulator_t<T
   }
 }
 
+// The panel of kPanel rows of a weight (N, K) that begins with row n.
+template <class C, class T>
+void pack_panel(const T* weight, int64_t stride, int64_t n, int64_t rows, int64_t k, unit_t<C>* dst) {
+  constexpr int lanes = kLanes<unit_t<C>>;
+  for (int v = 0; v < kPanelVectors; v++, n += lanes)
+    pack_columns<C>(weight + n * stride, stride, rows - n, k, dst + v * lanes, kPanel<C>);
+}
+
 // One chain of roundings is at most this long: partial sums are added up, which keeps the error near that of a tree.
 constexpr int64_t kChain = 256;
 
-// out[R][NV * kLanes] = tile[units][R of AStride] x panel[units][b_stride].
-template <class T, int R, int NV, int AStride>
-void micro(const accumulator_t<T>* a, const accumulator_t<T>* b, int64_t b_stride, int64_t units,
-           accumulator_t<T>* out) {
-  using A = accumulator_t<T>;
-  constexpr int lanes = kLanes<A>;
-  int64_t begin = 0;
-  do {
-    const int64_t end = units - begin > kChain ? begin + kChain : units;
-    Vec<A> sum[R][NV];
+// out[R][out_stride] (+)= a[units as lines of R rows] x b[units][b_stride], and a look ahead at memory used later: two
+// cache lines per four units.
+template <class C, int R, int NV>
+void micro(const unit_t<C>* a, const unit_t<C>* b, int64_t b_stride, int64_t units, unit_t<C>* out, int64_t out_stride,
+           bool add, const char* ahead) {
+  using A = unit_t<C>;
+  constexpr int lanes = kLanes<A>, unroll = lanes < 4 ? lanes : 4;
+  Vec<A> sum[R][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) sum[i][j] = Vec<A>{};
+  const auto step = [&](int64_t lane) __attribute__((always_inline)) {
+    Vec<A> column[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) column[j] = load(b + j * lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) sum[i][j] = Vec<A>{};
-    for (int64_t u = begin; u < end; u++) {
-      Vec<A> column[NV];
+      for (int j = 0; j < NV; j++) sum[i][j] = Units<C>::multiply_add(a[i * lanes + lane], column[j], sum[i][j]);
+    b += b_stride;
+  };
+  for (; units >= lanes; units -= lanes, a += (R - 1) * lanes)
+    for (int lane = 0; lane < lanes; lane += unroll, a += unroll) {
+      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead + 64, 0, 2);
+      ahead += 128;
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) column[j] = load(b + u * b_stride + j * lanes);
-#pragma GCC unroll 16
-      for (int i = 0; i < R; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; j++) sum[i][j] = Units<T>::multiply_add(a[u * AStride + i], column[j], sum[i][j]);
+      for (int u = 0; u < unroll; u++) step(u);
     }
+  for (int64_t lane = 0; lane < units; lane++) step(lane);
 #pragma GCC unroll 16
-    for (int i = 0; i < R; i++)
+  for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) {
-        A* p = out + (i * NV + j) * lanes;
-        store(p, begin == 0 ? sum[i][j] : load(p) + sum[i][j]);
-      }
-    begin = end;
-  } while (begin < units);
+    for (int j = 0; j < NV; j++) {
+      A* p = out + i * out_stride + j * lanes;
+      store(p, add ? load(p) + sum[i][j] : sum[i][j]);
+    }
 }
 
-template <class A>
-using Micro = void (*)(const A* a, const A* b, int64_t b_stride, int64_t units, A* out);
+template <class C>
+using Micro = void (*)(const unit_t<C>* a, const unit_t<C>* b, int64_t b_stride, int64_t units, unit_t<C>* out,
+                       int64_t out_stride, bool add, const char* ahead);
 
-template <class T, int NV, int AStride, size_t... R>
-Micro<accumulator_t<T>> micro_of(int64_t rows, std::index_sequence<R...>) {
-  static constexpr Micro<accumulator_t<T>> table[] = {&micro<T, static_cast<int>(R) + 1, NV, AStride>...};
+template <class C, int NV, size_t... R>
+Micro<C> micro_of(int64_t rows, std::index_sequence<R...>) {
+  static constexpr Micro<C> table[] = {&micro<C, static_cast<int>(R) + 1, NV>...};
   return table[rows - 1];
 }
 
 // The register tile for a number of rows in [1, kTileRows].
-template <class T, int NV, int AStride>
-Micro<accumulator_t<T>> micro_of(int64_t rows) {
-  return micro_of<T, NV, AStride>(rows, std::make_index_sequence<kTileRows<accumulator_t<T>>>{});
+template <class C, int NV>
+Micro<C> micro_of(int64_t rows) {
+  return micro_of<C, NV>(rows, std::make_index_sequence<kTileRows>{});
 }

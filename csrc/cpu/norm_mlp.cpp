@@ -1,48 +1,26 @@
+#include "cpu/norm_mlp.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <string>
 #include <tuple>
 
 #include "common/check.h"
-#include "cpu/kernels.h"
-#include "cpu/parallel.h"
+
+#define FASTVIT_KERNELS "cpu/norm_mlp_kernel.h"
+#include "cpu/foreach_isa.h"
 
 namespace fastvit {
 namespace {
 
 constexpr const char* kOp = "norm_mlp";
 
-// A block of rows goes through all three steps before the next, so that the hidden activations stay in the cache.
-template <class T>
-void norm_mlp_block(LayerNormArgs<T> norm, GemmArgs<T> fc1, GemmArgs<T> fc2, int64_t first, int64_t rows) {
-  const int64_t width = norm.width, hidden = fc1.n;
-  const Scratch normed(rows * width * sizeof(T)), activated(rows * hidden * sizeof(T));
-  norm.x += first * norm.x_stride;
-  norm.y = normed.as<T>();
-  norm.y_stride = width;
-  if (norm.mean) norm.mean += first;
-  if (norm.rstd) norm.rstd += first;
-  parallel_for(rows, 16384 / (width + 1) + 1, [&](int64_t begin, int64_t end) { layer_norm_rows(norm, begin, end); });
-  fc1.m = fc2.m = rows;
-  fc1.x = norm.y;
-  fc1.x_stride = width;
-  fc1.y = activated.as<T>();
-  fc1.y_stride = hidden;
-  if (fc1.preact) fc1.preact += first * fc1.preact_stride;
-  gemm(fc1);
-  fc2.x = fc1.y;
-  fc2.x_stride = hidden;
-  if (fc2.residual) fc2.residual += first * fc2.residual_stride;
-  fc2.y += first * fc2.y_stride;
-  gemm(fc2);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_mlp(const Tensor& x, const OptionalTensor& norm_weight,
-                                                    const OptionalTensor& norm_bias, const Tensor& fc1_weight,
-                                                    const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
-                                                    const OptionalTensor& fc2_bias, const OptionalTensor& layer_scale,
-                                                    double eps, const std::string& activation, bool residual,
-                                                    bool keep) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_mlp_op(const Tensor& x, const OptionalTensor& norm_weight,
+                                                       const OptionalTensor& norm_bias, const Tensor& fc1_weight,
+                                                       const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
+                                                       const OptionalTensor& fc2_bias,
+                                                       const OptionalTensor& layer_scale, double eps,
+                                                       const std::string& activation, bool residual, bool keep) {
   FASTVIT_CHECK(x.dim() == 2 && fc1_weight.dim() == 2 && fc2_weight.dim() == 2, kOp,
                 ": x must have shape (M, D), fc1_weight (F, D) and fc2_weight (O, F)");
   const int64_t m = x.size(0), width = x.size(1), hidden = fc1_weight.size(0), out = fc2_weight.size(0);
@@ -58,21 +36,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_mlp(const Tensor& x, const Optio
     const Rows<T> x_rows = rows<T>(x, m, width, x, kOp, "x");
     const Rows<T> fc1_rows = rows<T>(fc1_weight, hidden, width, x, kOp, "fc1_weight");
     const Rows<T> fc2_rows = rows<T>(fc2_weight, out, hidden, x, kOp, "fc2_weight");
-    LayerNormArgs<T> norm;
+    NormMlpArgs<T> args;
+    auto& [norm, fc1, fc2] = args;
     norm.x = x_rows.data;
     norm.x_stride = x_rows.stride;
     norm.weight = vector<T>(norm_weight, width, x, kOp, "norm_weight");
     norm.bias = vector<T>(norm_bias, width, x, kOp, "norm_bias");
     norm.width = width;
     norm.eps = eps;
-    GemmArgs<T> fc1;
+    fc1.m = m;
     fc1.weight = fc1_rows.data;
     fc1.weight_stride = fc1_rows.stride;
     fc1.n = hidden;
     fc1.k = width;
     fc1.bias = vector<T>(fc1_bias, hidden, x, kOp, "fc1_bias");
     fc1.activation = parsed;
-    GemmArgs<T> fc2;
     fc2.weight = fc2_rows.data;
     fc2.weight_stride = fc2_rows.stride;
     fc2.n = out;
@@ -89,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_mlp(const Tensor& x, const Optio
       fc1.preact = data<T>(preact);
       fc1.preact_stride = hidden;
     }
-    for_row_blocks(m, [&](int64_t first, int64_t rows) { norm_mlp_block(norm, fc1, fc2, first, rows); });
+    FASTVIT_SELECT(norm_mlp<T>)(args);
   });
   return {y, mean, rstd, preact};
 }
@@ -97,4 +75,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_mlp(const Tensor& x, const Optio
 }  // namespace
 }  // namespace fastvit
 
-STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CPU, m) { m.impl("norm_mlp", TORCH_BOX(&fastvit::norm_mlp)); }
+STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CPU, m) { m.impl("norm_mlp", TORCH_BOX(&fastvit::norm_mlp_op)); }

@@ -62,10 +62,15 @@ FASTVIT_INLINE Vec<float> load(const bfloat16* p) {
 FASTVIT_INLINE void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof(v)); }
 FASTVIT_INLINE void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof(v)); }
 FASTVIT_INLINE void store(bfloat16* p, Vec<float> v) {
+#if FASTVIT_ISA >= FASTVIT_ISA_AVX512_BF16
+  const auto bits = _mm512_cvtneps_pbh(v);
+  std::memcpy(p, &bits, sizeof(bits));
+#else
   VecU u = bit_cast<VecU>(v);
   VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   VecU16 bits = __builtin_convertvector(v == v ? rounded : (u >> 16) | 0x40u, VecU16);
   std::memcpy(p, &bits, sizeof(bits));
+#endif
 }
 
 #if FASTVIT_ISA >= FASTVIT_ISA_AVX512
@@ -130,6 +135,15 @@ FASTVIT_INLINE A sum_of(Vec<A> v) {
   store(lanes, v);
   for (int width = kLanes<A> / 2; width > 0; width /= 2)
     for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+template <class A>
+FASTVIT_INLINE A max_of(Vec<A> v) {
+  A lanes[kLanes<A>];
+  store(lanes, v);
+  for (int width = kLanes<A> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
   return lanes[0];
 }
 
