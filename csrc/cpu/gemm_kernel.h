@@ -25,7 +25,9 @@ void gemm(const GemmArgs<T>& g) {
       });
       worker.each(panels_of<C>(g.n), [&](int64_t p) {
         multiply_panel(Lines<C>{lines, tiles, g.k}, weight.panel(p), p * kPanel<C>, g.n, sums,
-                       [&](int64_t i, int64_t column, const A* values) { epilogue_row(g, first + i, column, values); });
+                       [&](int64_t t, int64_t column, const A* values) {
+                         epilogue_tile(g, first + tiles.begin(t), tiles.height(t), column, values);
+                       });
       });
     }
   });

@@ -100,11 +100,6 @@ struct Tiles {
   explicit Tiles(int64_t m) : rows(m), count((m + kTileRows - 1) / kTileRows) {}
   int64_t begin(int64_t tile) const { return rows * tile / count; }
   int64_t height(int64_t tile) const { return begin(tile + 1) - begin(tile); }
-  int64_t tile_of(int64_t row) const {
-    int64_t tile = row * count / rows;
-    while (begin(tile + 1) <= row) tile++;
-    return tile;
-  }
 };
 
 template <int S, class V, size_t... J>

@@ -30,22 +30,24 @@ void norm_mlp(const NormMlpArgs<T>& g) {
                                         g.norm.bias);
           if (g.norm.mean) g.norm.mean[row] = normalise.mean + normalise.shift;
           if (g.norm.rstd) g.norm.rstd[row] = normalise.rstd;
-          put_line<C>(normed, tiles, t, i, width, [&](int64_t k) { return normalise(k); });
+          put_row<C>(normed + tiles.begin(t) * row_units<C>(width) + i * kLanes<A>, tiles.height(t) * kLanes<A>, width,
+                     [&](int64_t k) { return normalise(k); });
         }
       });
       worker.each(panels_of<C>(hidden), [&](int64_t p) {
         multiply_panel(Lines<C>{normed, tiles, width}, fc1.panel(p), p * kPanel<C>, hidden, sums,
-                       [&](int64_t i, int64_t column, const A* values) {
-                         Vec<A> v[kPanelVectors];
-                         preactivation(g.fc1, first + i, column, values, v);
-                         for (auto& a : v) a = activate<A>(a, g.fc1.activation);
-                         put_panel<C>(activated, tiles, i, column, hidden, v);
+                       [&](int64_t t, int64_t column, const A* values) {
+                         put_panel<C>(activated, tiles, t, column, hidden, [&](int64_t i, Vec<A>* v) {
+                           preactivation(g.fc1, first + tiles.begin(t) + i, column, values + i * kPanel<C>, v);
+                           for (int j = 0; j < kPanelVectors; j++) v[j] = Rounded<C>::activate(v[j], g.fc1.activation);
+                         });
                        });
       });
       worker.each(panels_of<C>(out), [&](int64_t p) {
-        multiply_panel(
-            Lines<C>{activated, tiles, hidden}, fc2.panel(p), p * kPanel<C>, out, sums,
-            [&](int64_t i, int64_t column, const A* values) { epilogue_row(g.fc2, first + i, column, values); });
+        multiply_panel(Lines<C>{activated, tiles, hidden}, fc2.panel(p), p * kPanel<C>, out, sums,
+                       [&](int64_t t, int64_t column, const A* values) {
+                         epilogue_tile(g.fc2, first + tiles.begin(t), tiles.height(t), column, values);
+                       });
       });
     }
   });

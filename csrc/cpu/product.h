@@ -23,7 +23,7 @@ int64_t sums_size(int64_t rows) {
   return (rows + kTileRows) * kPanel<C>;
 }
 
-// One panel of a weight with every row of a group; epilogue(row, column, sums) gets kPanel sums of a row.
+// One panel of a weight with every row of a group; epilogue(tile, column, sums) gets kPanel sums of each row of a tile.
 template <class C, class E>
 FASTVIT_INLINE void multiply_panel(const Lines<C>& x, const unit_t<C>* panel, int64_t column, int64_t columns,
                                    unit_t<C>* sums, const E& epilogue) {
@@ -42,9 +42,63 @@ FASTVIT_INLINE void multiply_panel(const Lines<C>& x, const unit_t<C>* panel, in
       const bool fetch = t * count * 32 < bytes;
       tile(x.tile(t) + begin * height, b, width, count, out, width, begin > 0,
            fetch ? ahead + t * count * 32 : reinterpret_cast<const char*>(b));
-      if (begin + count >= units)
-        for (int64_t i = 0; i < height; i++) epilogue(row + i, column, out + i * width);
+      if (begin + count >= units) epilogue(t, column, out);
     }
     begin += count;
   } while (begin < units);
+}
+
+// Rows cut into groups. Enough rows: every thread has groups of its own, few of them big enough to make the weights'
+// way worth while. Few rows: all threads share each group.
+template <class C>
+struct Groups {
+  int64_t m, count, rows;
+  Groups(int64_t total, int64_t k, double share) : m(total) {
+    const int64_t threads = thread_count(), limit = group_rows<C>(k, share);
+    const bool shared = m < threads * 2 * kTileRows;
+    count = shared ? (m + limit - 1) / limit : (m + threads * limit - 1) / (threads * limit) * threads;
+    rows = (m + count - 1) / count;
+  }
+  int64_t begin(int64_t group) const { return m * group / count; }
+};
+
+// Writes a row of k numbers as lines `step` apart; numbers(i) is the vector from i on, zero beyond k.
+template <class C, class F>
+FASTVIT_INLINE void put_row(unit_t<C>* lines, int64_t step, int64_t k, const F& numbers) {
+  constexpr int64_t lanes = kLanes<unit_t<C>>, per_unit = Units<C>::kPerUnit;
+  for (int64_t begin = 0; begin < k; begin += kLine<C>, lines += step) {
+    Vec<unit_t<C>> v[per_unit];
+    for (int j = 0; j < per_unit; j++) v[j] = numbers(begin + j * lanes);
+    store(lines, Units<C>::from(v));
+  }
+}
+
+// Writes up to a vector of n numbers into a row of lines, from any column on.
+template <class C>
+FASTVIT_INLINE void put_run(unit_t<C>* lines, int64_t step, int64_t column, int64_t n, Vec<unit_t<C>> v) {
+  constexpr int64_t lanes = kLanes<unit_t<C>>, line = kLine<C>;
+  const int64_t within = column % line, left = line - within;
+  C* const p = reinterpret_cast<C*>(lines + column / line * step);
+  n = n < lanes ? n : lanes;
+  if (n <= left) return store(p + within, v, n);
+  C numbers[lanes];
+  store(numbers, v);
+  std::memcpy(p + within, numbers, left * sizeof(C));
+  std::memcpy(lines + (column / line + 1) * step, numbers + left, (n - left) * sizeof(C));
+}
+
+// Writes kPanel columns of a product's tile as part of the lines of the next one; numbers(i, v) sets those of row i.
+template <class C, class F>
+FASTVIT_INLINE void put_panel(unit_t<C>* lines, const Tiles& tiles, int64_t t, int64_t column, int64_t k,
+                              const F& numbers) {
+  constexpr int64_t lanes = kLanes<unit_t<C>>;
+  static_assert(kPanel<C> % kLine<C> == 0);
+  const int64_t height = tiles.height(t);
+  unit_t<C>* dst = lines + tiles.begin(t) * row_units<C>(k) + column / kLine<C> * height * lanes;
+  for (int64_t i = 0; i < height; i++, dst += lanes) {
+    Vec<unit_t<C>> v[kPanelVectors];
+    numbers(i, v);
+    for (int j = 0; j < kPanel<C> / kLine<C> && column + j * kLine<C> < k; j++)
+      store(dst + j * height * lanes, Units<C>::from(v + j * Units<C>::kPerUnit));
+  }
 }

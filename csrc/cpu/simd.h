@@ -131,6 +131,9 @@ FASTVIT_INLINE void store(T* p, Vec<accumulator_t<T>> v, int64_t n) {
 
 template <class A>
 FASTVIT_INLINE A sum_of(Vec<A> v) {
+#if FASTVIT_ISA >= FASTVIT_ISA_AVX512
+  if constexpr (sizeof(A) == 4) return _mm512_reduce_add_ps(v);
+#endif
   A lanes[kLanes<A>];
   store(lanes, v);
   for (int width = kLanes<A> / 2; width > 0; width /= 2)
@@ -140,6 +143,9 @@ FASTVIT_INLINE A sum_of(Vec<A> v) {
 
 template <class A>
 FASTVIT_INLINE A max_of(Vec<A> v) {
+#if FASTVIT_ISA >= FASTVIT_ISA_AVX512
+  if constexpr (sizeof(A) == 4) return _mm512_reduce_max_ps(v);
+#endif
   A lanes[kLanes<A>];
   store(lanes, v);
   for (int width = kLanes<A> / 2; width > 0; width /= 2)

@@ -1,0 +1,224 @@
+// Attention of one head. Included inside the namespace of an instruction set, after micro.h and math.h.
+//
+// A tile of queries meets every key at once: scores [query][key] stay in the cache, softmax runs along a row, and the
+// probabilities are left as the lines that the product with v reads.
+
+template <class T>
+bool visible(const AttentionArgs<T>& g, const void* mask, int64_t query, int64_t key) {
+  if (g.causal && key > query) return false;
+  if (g.mask_kind != MaskKind::boolean) return true;
+  return static_cast<const uint8_t*>(mask)[query * g.mask_strides[2] + key * g.mask_strides[3]] != 0;
+}
+
+// Up to a vector of elements `step` apart.
+template <class T>
+FASTVIT_INLINE Vec<accumulator_t<T>> gather(const T* p, int64_t step, int64_t n) {
+  constexpr int lanes = kLanes<accumulator_t<T>>;
+  if (step == 1) return load(p, n);
+  T values[lanes] = {};
+  for (int64_t i = 0; i < lanes && i < n; i++) values[i] = p[i * step];
+  return load(values);
+}
+
+// The scores of one query and the n keys from `key` on, scaled and masked.
+template <class T>
+FASTVIT_INLINE Vec<accumulator_t<T>> masked(const AttentionArgs<T>& g, const void* mask, int64_t query, int64_t key,
+                                            int64_t n, Vec<accumulator_t<T>> score) {
+  using A = accumulator_t<T>;
+  constexpr int lanes = kLanes<A>;
+  const int64_t step = g.mask_strides[3], offset = query * g.mask_strides[2] + key * step;
+  const Vec<A> hidden = Vec<A>{} - A(INFINITY);
+  score *= A(g.scale);
+  if (g.mask_kind == MaskKind::boolean) {
+    const uint8_t* m = static_cast<const uint8_t*>(mask) + offset;
+    Vec<A> shown{};
+    for (int64_t i = 0; i < lanes && i < n; i++) shown[i] = m[i * step] ? A(1) : A(0);
+    score = shown != Vec<A>{} ? score : hidden;
+  } else if (g.mask_kind == MaskKind::additive) {
+    score += gather(static_cast<const T*>(mask) + offset, step, n);
+  } else if (g.mask_kind == MaskKind::additive_float) {
+    const float* m = static_cast<const float*>(mask) + offset;
+    for (int64_t i = 0; i < lanes && i < n; i++) score[i] += m[i * step];
+  }
+  if (g.causal && key + lanes > query + 1)
+    for (int64_t i = 0; i < lanes; i++)
+      if (key + i > query) score[i] = -A(INFINITY);
+  return score;
+}
+
+template <class A>
+FASTVIT_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
+  return a > b ? a : b;
+}
+
+template <class A>
+FASTVIT_INLINE Vec<A> hide_beyond(Vec<A> v, int64_t n) {
+  for (int64_t i = n; i < kLanes<A>; i++) v[i] = -A(INFINITY);
+  return v;
+}
+
+// exp(scale * scores + mask - max) of one query as units, and its maximum and sum.
+template <class T, class C>
+void softmax_row(const AttentionArgs<T>& g, const void* mask, int64_t query, int64_t keys, accumulator_t<T>* scores,
+                 unit_t<C>* probabilities, int64_t line_stride, accumulator_t<T>& maximum, accumulator_t<T>& total) {
+  using A = accumulator_t<T>;
+  constexpr int64_t lanes = kLanes<A>, per_unit = Units<C>::kPerUnit;
+  const bool special = g.mask_kind != MaskKind::none || g.causal || !(g.scale >= 0);
+  Vec<A> largest[2] = {Vec<A>{} - A(INFINITY), Vec<A>{} - A(INFINITY)};
+  int64_t key = 0, turn = 0;
+  for (; key < keys; key += lanes, turn ^= 1) {
+    Vec<A> s = load(scores + key);
+    if (special) s = masked(g, mask, query, key, keys - key, s);
+    if (keys - key < lanes) s = hide_beyond<A>(s, keys - key);
+    if (special || keys - key < lanes) store(scores + key, s);
+    largest[turn] = larger<A>(s, largest[turn]);
+  }
+  for (; key < lines_of<C>(keys) * kLine<C>; key += lanes) store(scores + key, Vec<A>{} - A(INFINITY));
+  const A top = max_of<A>(larger<A>(largest[0], largest[1])), shift = top == -A(INFINITY) ? A(0) : top;
+  const A factor = special ? A(1) : A(g.scale);
+  Vec<A> sum[4] = {};
+  for (key = 0; key < keys; key += kLine<C>, probabilities += line_stride) {
+    Vec<A> e[per_unit];
+    for (int v = 0; v < per_unit; v++) {
+      e[v] = Rounded<C>::exp_scaled(load(scores + key + v * lanes) - shift, factor);
+      sum[(key / lanes + v) & 3] += e[v];
+    }
+    store(probabilities, Units<C>::from(e));
+  }
+  maximum = special ? top : top * factor;
+  total = sum_of<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+#if FASTVIT_ISA >= FASTVIT_ISA_AVX512_BF16
+FASTVIT_INLINE VecU bits_of(const bfloat16* p, int64_t n) { return bit_cast<VecU>(load(p, n)) >> 16; }
+FASTVIT_INLINE Vec<float> pair(VecU low, VecU high) { return bit_cast<Vec<float>>(low | (high << 16)); }
+#endif
+
+// Values as [unit of keys][padded E]; answers whether all of them are finite.
+template <class C, class T>
+bool pack_values(const T* v, int64_t stride, int64_t keys, int64_t width, unit_t<C>* dst, int64_t padded) {
+  using A = unit_t<C>;
+  constexpr int lanes = kLanes<A>, per_unit = Units<C>::kPerUnit;
+  Vec<A> check{};
+  for (int64_t key = 0; key < keys; key += per_unit)
+    for (int64_t e = 0; e < padded; e += lanes) {
+      const T* p = v + key * stride + e;
+      const Vec<A> value = e < width ? load(p, width - e) : Vec<A>{};
+      check += value * A(0);
+      A* out = dst + key / per_unit * padded + e;
+#if FASTVIT_ISA >= FASTVIT_ISA_AVX512_BF16
+      if constexpr (per_unit == 2) {
+        const bool both = key + 1 < keys && e < width;
+        if (both) check += load(p + stride, width - e) * A(0);
+        store(out, pair(bit_cast<VecU>(value) >> 16, both ? bits_of(p + stride, width - e) : VecU{}));
+        continue;
+      }
+#endif
+      store(out, value);
+    }
+  return sum_of<A>(check) == A(0);
+}
+
+// What one thread needs for one head.
+template <class T>
+struct HeadBuffers {
+  using C = compute_t<T>;
+  using A = unit_t<C>;
+  int64_t units, padded, score_stride, key_size, value_size;
+  A *keys, *values, *queries, *scores, *probabilities, *sums;
+  bool finite_values = true;
+
+  HeadBuffers(int64_t key_count, int64_t head_dim) {
+    constexpr int64_t lanes = kLanes<A>;
+    units = units_of<C>(head_dim);
+    padded = (head_dim + lanes - 1) / lanes * lanes;
+    score_stride = panels_of<C>(key_count) * kPanel<C>;
+    if (score_stride < lines_of<C>(key_count) * kLine<C>) score_stride = lines_of<C>(key_count) * kLine<C>;
+    key_size = panels_of<C>(key_count) * kPanel<C> * units;
+    value_size = units_of<C>(key_count) * padded + kPanel<C>;
+  }
+  // In elements of A.
+  int64_t size() const {
+    return key_size + value_size + kTileRows * (row_units<C>(units * Units<C>::kPerUnit) + 2 * score_stride + padded) +
+           4 * kPanel<C>;
+  }
+  void place(A* memory) {
+    keys = memory;
+    values = keys + key_size;
+    queries = values + (value_size + 15) / 16 * 16;
+    scores = queries + kTileRows * row_units<C>(units * Units<C>::kPerUnit);
+    probabilities = scores + kTileRows * score_stride;
+    sums = probabilities + kTileRows * score_stride;
+  }
+};
+
+template <class T>
+void pack_head(const AttentionArgs<T>& g, HeadBuffers<T>& buffers, int64_t batch, int64_t head) {
+  using C = compute_t<T>;
+  const T* k = g.k + batch * g.k_strides[0] + head * g.k_strides[1];
+  const T* v = g.v + batch * g.v_strides[0] + head * g.v_strides[1];
+  for (int64_t p = 0; p < panels_of<C>(g.keys); p++)
+    pack_panel<C>(k, g.k_strides[2], p * kPanel<C>, g.keys, g.head_dim, buffers.keys + p * buffers.units * kPanel<C>);
+  buffers.finite_values = pack_values<C>(v, g.v_strides[2], g.keys, g.head_dim, buffers.values, buffers.padded);
+}
+
+// Values that are not finite must not reach the queries that cannot see them, and 0 * inf would: these heads are summed
+// key by key.
+template <class T, class Put>
+void visible_sum(const AttentionArgs<T>& g, const HeadBuffers<T>& buffers, int64_t batch, int64_t head,
+                 const void* mask, int64_t query, int64_t keys, const accumulator_t<T>* scores, accumulator_t<T> shift,
+                 accumulator_t<T> inverse, const Put& put) {
+  using A = accumulator_t<T>;
+  const T* v = g.v + batch * g.v_strides[0] + head * g.v_strides[1];
+  for (int64_t e = 0; e < g.head_dim; e += kLanes<A>) {
+    Vec<A> sum{};
+    for (int64_t key = 0; key < keys; key++)
+      if (visible(g, mask, query, key))
+        sum += load(v + key * g.v_strides[2] + e, g.head_dim - e) * A(::exp(double(scores[key] - shift)));
+    put(query, e, sum * inverse);
+  }
+}
+
+// The queries [query, query + count) of the head in the buffers, count <= kTileRows; put(query, e, values) takes the
+// result a vector at a time.
+template <class T, class Put>
+FASTVIT_INLINE void attend(const AttentionArgs<T>& g, const HeadBuffers<T>& buffers, int64_t batch, int64_t head,
+                           int64_t query, int64_t count, const Put& put) {
+  using C = compute_t<T>;
+  using A = unit_t<C>;
+  constexpr int64_t lanes = kLanes<A>, panel = kPanel<C>;
+  const int64_t keys = g.causal && query + count < g.keys ? query + count : g.keys, stride = buffers.score_stride;
+  const T* q = g.q + batch * g.q_strides[0] + head * g.q_strides[1] + query * g.q_strides[2];
+  pack_lines<C>(q, g.q_strides[2], count, g.head_dim, buffers.queries);
+  for (int64_t key = 0; key < keys; key += panel) {
+    const auto tile = keys - key > lanes ? micro_of<C, kPanelVectors>(count) : micro_of<C, 1>(count);
+    const A* k = buffers.keys + key * buffers.units;
+    tile(buffers.queries, k, panel, buffers.units, buffers.scores + key, stride, false,
+         reinterpret_cast<const char*>(k + panel * buffers.units));
+  }
+  const int64_t mask_offset = batch * g.mask_strides[0] + head * g.mask_strides[1];
+  const int64_t mask_bytes = g.mask_kind == MaskKind::boolean ? 1 : g.mask_kind == MaskKind::additive ? sizeof(T) : 4;
+  const char* mask = static_cast<const char*>(g.mask) + (g.mask ? mask_offset * mask_bytes : 0);
+  A maximum[kTileRows], inverse[kTileRows];
+  for (int64_t i = 0; i < count; i++) {
+    A total;
+    softmax_row<T, C>(g, mask, query + i, keys, buffers.scores + i * stride, buffers.probabilities + i * lanes,
+                      count * lanes, maximum[i], total);
+    inverse[i] = maximum[i] == -A(INFINITY) && total == A(0) ? A(0) : A(1) / total;
+    if (g.lse) g.lse[(batch * g.heads + head) * g.queries + query + i] = maximum[i] + std::log(total);
+  }
+  if (!buffers.finite_values && (g.causal || g.mask_kind == MaskKind::boolean)) {
+    for (int64_t i = 0; i < count; i++)
+      visible_sum(g, buffers, batch, head, mask, query + i, keys, buffers.scores + i * stride,
+                  maximum[i] == -A(INFINITY) ? A(0) : maximum[i], inverse[i], put);
+    return;
+  }
+  for (int64_t e = 0; e < g.head_dim; e += panel) {
+    const auto tile = buffers.padded - e > lanes ? micro_of<C, kPanelVectors>(count) : micro_of<C, 1>(count);
+    tile(buffers.probabilities, buffers.values + e, buffers.padded, units_of<C>(keys), buffers.sums + e, buffers.padded,
+         false, reinterpret_cast<const char*>(buffers.values));
+  }
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t e = 0; e < g.head_dim; e += lanes)
+      put(query + i, e, load(buffers.sums + i * buffers.padded + e) * inverse[i]);
+}

@@ -1,0 +1,88 @@
+#include "cpu/encoder.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <vector>
+
+#include "common/check.h"
+
+#define FASTVIT_KERNELS "cpu/encoder_kernel.h"
+#include "cpu/foreach_isa.h"
+
+namespace fastvit {
+namespace {
+
+constexpr const char* kOp = "encoder";
+constexpr int64_t kPerBlock = 8;
+
+const float* norm_vector(const Tensor& t, int64_t width, const Tensor& x, const char* name) {
+  return t.numel() == 0 ? nullptr : vector<float>(OptionalTensor(t), width, x, ScalarType::Float, kOp, name);
+}
+
+// parameters: for each block norm1's weight and bias, qkv, proj, norm2's weight and bias, fc1, fc2; the norms' as
+// float32 vectors, empty where there are none, the others from pack_linear.
+Tensor encoder(const Tensor& x, std::vector<Tensor> parameters, std::vector<double> eps, int64_t heads, double scale,
+               const std::string& activation) {
+  FASTVIT_CHECK(x.dim() == 3 && x.is_contiguous(), kOp, ": x must have shape (B, N, D) and be contiguous");
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
+  const int64_t depth = static_cast<int64_t>(parameters.size()) / kPerBlock;
+  FASTVIT_CHECK(
+      depth * kPerBlock == static_cast<int64_t>(parameters.size()) && 2 * depth == static_cast<int64_t>(eps.size()),
+      kOp, ": a block has ", kPerBlock, " parameters and 2 eps");
+  FASTVIT_CHECK(heads > 0 && width > 0 && width % heads == 0, kOp, ": D must be a multiple of the number of heads");
+  Tensor y = empty(x, {batch, tokens, width});
+  if (y.numel() == 0) return y;
+  std::vector<BlockArgs> blocks(depth);
+  int64_t hidden = 1;
+  Compute compute = Compute::float32;
+  for (int64_t b = 0; b < depth; b++) {
+    const Tensor* p = parameters.data() + b * kPerBlock;
+    BlockArgs& block = blocks[b];
+    block.norm1_weight = norm_vector(p[0], width, x, "norm1_weight");
+    block.norm1_bias = norm_vector(p[1], width, x, "norm1_bias");
+    block.qkv = packed_linear(p[2], 3 * width, width, kOp, "qkv");
+    block.proj = packed_linear(p[3], width, width, kOp, "proj");
+    block.norm2_weight = norm_vector(p[4], width, x, "norm2_weight");
+    block.norm2_bias = norm_vector(p[5], width, x, "norm2_bias");
+    block.fc1 = packed_linear(p[6], -1, width, kOp, "fc1");
+    block.fc2 = packed_linear(p[7], width, block.fc1.n, kOp, "fc2");
+    block.norm1_eps = eps[2 * b];
+    block.norm2_eps = eps[2 * b + 1];
+    hidden = hidden > block.fc1.n ? hidden : block.fc1.n;
+    if (b == 0) compute = block.qkv.compute;
+    for (const PackedLinear* w : {&block.qkv, &block.proj, &block.fc1, &block.fc2})
+      FASTVIT_CHECK(w->compute == compute && compute != Compute::float64, kOp,
+                    ": all layers must be packed for float32, or all for bfloat16");
+  }
+  const Activation parsed = parse_activation(activation, kOp);
+  dispatch(x, kOp, [&](auto tag) {
+    using T = decltype(tag);
+    if constexpr (std::is_same_v<T, double>) {
+      FASTVIT_CHECK(false, kOp, ": float64 is not supported");
+    } else {
+      EncoderArgs<T> args;
+      args.blocks = blocks.data();
+      args.depth = depth;
+      args.batch = batch;
+      args.tokens = tokens;
+      args.width = width;
+      args.heads = heads;
+      args.hidden = hidden;
+      args.scale = scale;
+      args.activation = parsed;
+      args.x = static_cast<const T*>(x.const_data_ptr());
+      args.y = data<T>(y);
+      if (compute == Compute::bfloat16)
+        FASTVIT_SELECT(encode<T, bfloat16>)(args);
+      else
+        FASTVIT_SELECT(encode<T, float>)(args);
+    }
+  });
+  return y;
+}
+
+}  // namespace
+}  // namespace fastvit
+
+STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CPU, m) { m.impl("encoder", TORCH_BOX(&fastvit::encoder)); }

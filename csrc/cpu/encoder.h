@@ -1,0 +1,31 @@
+#pragma once
+
+#include <cstdint>
+
+#include "common/activation.h"
+#include "cpu/attention.h"
+#include "cpu/packed.h"
+
+namespace fastvit {
+
+struct BlockArgs {
+  const float* norm1_weight = nullptr;  // as the other three of (D,), or null
+  const float* norm1_bias = nullptr;
+  const float* norm2_weight = nullptr;
+  const float* norm2_bias = nullptr;
+  double norm1_eps = 0, norm2_eps = 0;
+  PackedLinear qkv, proj, fc1, fc2;
+};
+
+// x and y (B, N, D), contiguous. The residual stream between the blocks is float32.
+template <class T>
+struct EncoderArgs {
+  const BlockArgs* blocks = nullptr;
+  int64_t depth = 0, batch = 0, tokens = 0, width = 0, heads = 0, hidden = 0;
+  double scale = 1;
+  Activation activation = Activation::gelu;
+  const T* x = nullptr;
+  T* y = nullptr;
+};
+
+}  // namespace fastvit
