@@ -22,11 +22,16 @@ STABLE_TORCH_LIBRARY(fastvit_native, m) {
   m.def(
       "patch_embed(Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, "
       "Tensor? pixel_scale, Tensor? pixel_shift) -> Tensor");
-  // A linear layer as the CPU kernels read it, for the active instruction set: an opaque uint8 tensor.
-  m.def("pack_linear(Tensor weight, Tensor? bias, Tensor? layer_scale, str compute) -> Tensor");
+  // A linear layer's weight as the CPU kernels read it, for the active instruction set: an opaque uint8 tensor.
+  m.def("pack_weight(Tensor weight, str compute) -> Tensor");
+  // A number that changes, most likely, when the tensors' numbers do: it reads a few of each. With addresses, also when
+  // they move.
+  m.def("fingerprint(Tensor[] tensors, bool addresses) -> int");
   m.def("encoder(Tensor x, Tensor[] parameters, float[] eps, int heads, float scale, str activation) -> Tensor");
   // Chooses the CPU kernels' instruction set ("" = the best, "current" = ask only) and answers its name.
   m.def("cpu_isa(str name) -> str");
+  // GFLOP/s of multiply-adds on registers alone, on all threads, for some milliseconds.
+  m.def("cpu_peak(str compute) -> float");
 }
 
 namespace {

@@ -27,6 +27,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "attention": ("triton", "cpu"),
     "linear": ("triton", "cpu"),
     "norm_mlp": ("triton", "cpu"),
+    "encoder": ("cpu",),
 }
 
 _MODULES = {"triton": "fastvit.kernels.{op}", "cuda": "fastvit.native:cuda.{op}", "cpu": "fastvit.native:cpu.{op}"}

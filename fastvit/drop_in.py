@@ -18,7 +18,6 @@ from . import backends, layers, ops
 from .integrations import ADAPTERS, Options, Plan
 from .settings import SETTINGS
 
-_MARK = "_fastvit_ops"
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -128,7 +127,7 @@ def accelerate(
         if "forward" in module.__dict__:
             continue
         module.__dict__["forward"] = partial(_call, found.forward, module)
-        module.__dict__[_MARK] = found.ops
+        module.__dict__[layers.MARK] = found.ops
     return model
 
 
@@ -140,7 +139,7 @@ def restore(model: Model) -> Model:
     """
     _check_model("restore", model)
     for module in model.modules():
-        if module.__dict__.pop(_MARK, None) is not None:
+        if module.__dict__.pop(layers.MARK, None) is not None:
             del module.__dict__["forward"]
     return model
 
@@ -152,13 +151,13 @@ def accelerated(model: Model, **options: bool) -> Iterator[Model]:
     Takes :func:`accelerate`'s options. A model that was accelerated before is so again behind the block.
     """
     _check_model("accelerated", model)
-    before = [(m, m.__dict__["forward"], m.__dict__[_MARK]) for m in model.modules() if _MARK in m.__dict__]
+    before = [(m, m.__dict__["forward"], m.__dict__[layers.MARK]) for m in model.modules() if layers.MARK in m.__dict__]
     try:
         yield accelerate(model, **options)
     finally:
         restore(model)
         for module, forward, marked in before:
-            module.__dict__.update({"forward": forward, _MARK: marked})
+            module.__dict__.update({"forward": forward, layers.MARK: marked})
 
 
 # op -> the arguments of a smallest call for tensors like this one
@@ -204,7 +203,7 @@ def report(model: nn.Module) -> Report:
         if any(name.startswith(f"{parent}.") for parent in fused):
             continue
         kind, like = type(module).__name__, next(module.parameters(), None)
-        used: tuple[str, ...] | None = module.__dict__.get(_MARK, _OWN.get(type(module)))
+        used: tuple[str, ...] | None = module.__dict__.get(layers.MARK, _OWN.get(type(module)))
         if used is not None and like is not None and not layers.has_hooks(module):
             rows.append(Row(name, kind, True, {op: _probe(op, like) for op in used}))
             fused.append(name)
@@ -217,7 +216,7 @@ def report(model: nn.Module) -> Report:
 
 # our own modules, which are fused as they are
 _OWN: dict[type, tuple[str, ...]] = {
-    layers.Block: ("layer_norm", "linear", "attention", "norm_mlp"),
+    layers.Block: layers.BLOCK_OPS,
     layers.PatchEmbed: ("patch_embed",),
     layers.LayerNorm: ("layer_norm",),
 }

@@ -15,6 +15,11 @@ from .config import Size, pair
 from .resample import resample_patch_weight
 
 
+# where accelerate leaves the names of the ops that a module's fused forward calls
+MARK = "_fastvit_ops"
+BLOCK_OPS = ("encoder", "layer_norm", "linear", "attention", "norm_mlp")
+
+
 class QuickGELU(nn.Module):
     """x · sigmoid(1.702 x), the GELU of the original CLIP."""
 
@@ -299,8 +304,54 @@ class Block(nn.Module):
         return fused_block(self, x, attn_mask, is_causal)
 
 
+def fused_blocks(blocks: Any, x: Tensor) -> Tensor:
+    """A sequence of blocks (ours or timm's) in one op where a backend has one for them all, else block by block."""
+    y = _run_encoder(list(blocks), x)
+    if y is None:
+        for block in blocks:
+            x = block(x)
+    return x if y is None else y
+
+
+def _run_encoder(blocks: list[Any], x: Tensor) -> Tensor | None:
+    """All blocks by one kernel, or None where none serves, or what they compute is more than it does."""
+    if x.dim() != 3 or not blocks or not _plain(blocks[0]):
+        return None
+    first = blocks[0].attn
+    heads, scale, activation = first.num_heads, first.scale, activation_name(blocks[0].mlp.act)
+    parameters, eps = list[Tensor | None](), list[float]()
+    for block in blocks:
+        if not _plain(block):
+            return None
+        attn, mlp, norm1, norm2 = block.attn, block.mlp, block.norm1, block.norm2
+        qkv, proj, fc1, fc2 = attn.qkv, attn.proj, mlp.fc1, mlp.fc2
+        if (attn.num_heads, attn.scale, activation_name(mlp.act)) != (heads, scale, activation):
+            return None
+        gamma1, gamma2 = _gamma(block.ls1), _gamma(block.ls2)
+        parameters += (norm1.weight, norm1.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma1)
+        parameters += (norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma2)
+        eps += (norm1.eps, norm2.eps)
+    return ops.run_encoder(x, parameters, eps, heads, scale, activation)
+
+
+def _plain(block: Any) -> bool:
+    """Whether a block is one that fused_block serves, and computes no more than the encoder's kernels now."""
+    if block.__dict__.get(MARK) != BLOCK_OPS and type(block).forward is not Block.forward:
+        return False
+    attn, mlp = block.attn, block.mlp
+    if not isinstance(attn.q_norm, nn.Identity) or not isinstance(attn.k_norm, nn.Identity):
+        return False
+    if not block.training:
+        return True
+    dropouts = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2, block.drop_path1, block.drop_path2)
+    return not any(map(_active, dropouts))
+
+
 def fused_block(block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """A block (ours or timm's) in a handful of ops, its children's parameters read and their forwards skipped."""
+    y = None if is_causal or attn_mask is not None else _run_encoder([block], x)
+    if y is not None:
+        return y
     attn = block.attn
     normalised = ops.layer_norm(x, block.norm1.weight, block.norm1.bias, block.norm1.eps)
     heads = _attend(attn, ops.linear(normalised, attn.qkv.weight, attn.qkv.bias), attn_mask, is_causal)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import POOLINGS, PRESETS, Size, ViTConfig, override, preset
 from .initialize import initialize
-from .layers import Block, LayerNorm, PatchDropout, PatchEmbed, pool
+from .layers import Block, LayerNorm, PatchDropout, PatchEmbed, fused_blocks, has_hooks, pool
 from .resample import resample_positions
 
 
@@ -121,6 +121,8 @@ class VisionTransformer(nn.Module):
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens (B, prefix + N, D) after the last block and ``norm``."""
         x = self._embed(x)
+        if attn_mask is None and not is_causal and not self.grad_checkpointing and not has_hooks(self.blocks):
+            return self.norm(fused_blocks(self.blocks, x))
         for block in self.blocks:
             x = self._block(block, x, attn_mask, is_causal)
         return self.norm(x)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from . import prepack
 from .settings import SETTINGS
 from .tracing import constant
 
@@ -111,7 +112,27 @@ class Launcher:
         return getattr(torch.ops.fastvit_native, self.op)(*taken)
 
 
+@dataclass(frozen=True)
+class Encoder(Launcher):
+    """The launcher of the encoder, whose parameters are packed once and kept."""
+
+    def why_not(self, *args: Any) -> str | None:
+        x, parameters, _, heads, _, _, compute = args
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or compute == "float64":
+            return f"cpu encoder computes in float32, bfloat16, float16, got {str(x.dtype).removeprefix('torch.')}"
+        return super().why_not(*args)
+
+    def forward(self, *args: Any) -> Any:
+        failure = _load()
+        if failure:
+            raise ImportError(f"fastvit: {failure}")
+        x, parameters, eps, heads, scale, activation, compute = args
+        # A product of float16 is computed in float32.
+        packed = prepack.encoder(parameters, "float32" if compute == "float16" else compute)
+        return torch.ops.fastvit_native.encoder(x.contiguous(), packed, eps, heads, scale, activation)
+
+
 _CPU_OPS = ("layer_norm", "attention", "linear", "norm_mlp", "patch_embed")
 
-cpu = SimpleNamespace(**{op: Launcher(op, "cpu") for op in _CPU_OPS})
+cpu = SimpleNamespace(**{op: Launcher(op, "cpu") for op in _CPU_OPS}, encoder=Encoder("encoder", "cpu"))
 cuda = SimpleNamespace(layer_norm=Launcher("layer_norm", "cuda"))

@@ -11,7 +11,7 @@ from torch import Tensor
 import fastvit
 from fastvit import ops
 
-PUBLIC = [name for name in ops.__all__ if name != "why_not"]
+PUBLIC = list(ops._PUBLIC)
 Shapes = dict[str, tuple[int, ...]]
 NORM: Shapes = {"x": (2, 5, 16), "weight": (16,), "bias": (16,)}
 MLP: Shapes = {
@@ -31,6 +31,12 @@ PATCHES: Shapes = {
     "pos_embed": (1, 5, 16),
     "prefix": (1, 1, 16),
 }
+ENCODER: Shapes = {
+    "x": (2, 5, 16),
+    **dict.fromkeys(ops.EncoderBlock._fields[:14], (16,)),
+    **{"qkv_weight": (48, 16), "qkv_bias": (48,), "proj_weight": (16, 16)},
+    **{"fc1_weight": (24, 16), "fc1_bias": (24,), "fc2_weight": (16, 24)},
+}
 HEADS: Shapes = dict.fromkeys("qkv", (2, 2, 5, 8))
 
 
@@ -48,6 +54,7 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
     "attention": (ops.attention, HEADS),
     "attention_packed": (lambda qkv, **options: ops.attention_packed(qkv, 2, **options), {"qkv": (2, 5, 48)}),
     "attention_varlen": (_varlen, {"qkv": (7, 48)}),
+    "encoder": (lambda x, **block: ops.encoder(x, [ops.EncoderBlock(**block)], 2), ENCODER),
     "layer_norm": (ops.layer_norm, NORM),
     "linear": (
         lambda **t: ops.linear(**t, activation="gelu"),

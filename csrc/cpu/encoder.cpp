@@ -14,14 +14,15 @@ namespace fastvit {
 namespace {
 
 constexpr const char* kOp = "encoder";
-constexpr int64_t kPerBlock = 8;
+constexpr int64_t kPerBlock = 14;
 
-const float* norm_vector(const Tensor& t, int64_t width, const Tensor& x, const char* name) {
-  return t.numel() == 0 ? nullptr : vector<float>(OptionalTensor(t), width, x, ScalarType::Float, kOp, name);
+const float* optional_vector(const Tensor& t, int64_t n, const Tensor& x, const char* name) {
+  return t.numel() == 0 ? nullptr : vector<float>(OptionalTensor(t), n, x, ScalarType::Float, kOp, name);
 }
 
-// parameters: for each block norm1's weight and bias, qkv, proj, norm2's weight and bias, fc1, fc2; the norms' as
-// float32 vectors, empty where there are none, the others from pack_linear.
+// parameters: for each block norm1's weight and bias; qkv's weight and bias; proj's and LayerScale; norm2's; fc1's;
+// fc2's and LayerScale. Weights of linear layers come from pack_weight, the others are float32, empty where there are
+// none.
 Tensor encoder(const Tensor& x, std::vector<Tensor> parameters, std::vector<double> eps, int64_t heads, double scale,
                const std::string& activation) {
   FASTVIT_CHECK(x.dim() == 3 && x.is_contiguous(), kOp, ": x must have shape (B, N, D) and be contiguous");
@@ -39,20 +40,26 @@ Tensor encoder(const Tensor& x, std::vector<Tensor> parameters, std::vector<doub
   for (int64_t b = 0; b < depth; b++) {
     const Tensor* p = parameters.data() + b * kPerBlock;
     BlockArgs& block = blocks[b];
-    block.norm1_weight = norm_vector(p[0], width, x, "norm1_weight");
-    block.norm1_bias = norm_vector(p[1], width, x, "norm1_bias");
-    block.qkv = packed_linear(p[2], 3 * width, width, kOp, "qkv");
-    block.proj = packed_linear(p[3], width, width, kOp, "proj");
-    block.norm2_weight = norm_vector(p[4], width, x, "norm2_weight");
-    block.norm2_bias = norm_vector(p[5], width, x, "norm2_bias");
-    block.fc1 = packed_linear(p[6], -1, width, kOp, "fc1");
-    block.fc2 = packed_linear(p[7], width, block.fc1.n, kOp, "fc2");
+    block.norm1_weight = optional_vector(p[0], width, x, "norm1_weight");
+    block.norm1_bias = optional_vector(p[1], width, x, "norm1_bias");
+    block.qkv.weight = packed_weight(p[2], 3 * width, width, kOp, "qkv");
+    block.qkv.bias = optional_vector(p[3], 3 * width, x, "qkv_bias");
+    block.proj.weight = packed_weight(p[4], width, width, kOp, "proj");
+    block.proj.bias = optional_vector(p[5], width, x, "proj_bias");
+    block.proj.layer_scale = optional_vector(p[6], width, x, "layer_scale1");
+    block.norm2_weight = optional_vector(p[7], width, x, "norm2_weight");
+    block.norm2_bias = optional_vector(p[8], width, x, "norm2_bias");
+    block.fc1.weight = packed_weight(p[9], -1, width, kOp, "fc1");
+    block.fc1.bias = optional_vector(p[10], block.fc1.weight.n, x, "fc1_bias");
+    block.fc2.weight = packed_weight(p[11], width, block.fc1.weight.n, kOp, "fc2");
+    block.fc2.bias = optional_vector(p[12], width, x, "fc2_bias");
+    block.fc2.layer_scale = optional_vector(p[13], width, x, "layer_scale2");
     block.norm1_eps = eps[2 * b];
     block.norm2_eps = eps[2 * b + 1];
-    hidden = hidden > block.fc1.n ? hidden : block.fc1.n;
-    if (b == 0) compute = block.qkv.compute;
-    for (const PackedLinear* w : {&block.qkv, &block.proj, &block.fc1, &block.fc2})
-      FASTVIT_CHECK(w->compute == compute && compute != Compute::float64, kOp,
+    hidden = hidden > block.fc1.weight.n ? hidden : block.fc1.weight.n;
+    if (b == 0) compute = block.qkv.weight.compute;
+    for (const LinearArgs* linear : {&block.qkv, &block.proj, &block.fc1, &block.fc2})
+      FASTVIT_CHECK(linear->weight.compute == compute && compute != Compute::float64, kOp,
                     ": all layers must be packed for float32, or all for bfloat16");
   }
   const Activation parsed = parse_activation(activation, kOp);

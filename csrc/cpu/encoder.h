@@ -8,13 +8,19 @@
 
 namespace fastvit {
 
+struct LinearArgs {
+  PackedWeight weight;
+  const float* bias = nullptr;
+  const float* layer_scale = nullptr;
+};
+
 struct BlockArgs {
   const float* norm1_weight = nullptr;  // as the other three of (D,), or null
   const float* norm1_bias = nullptr;
   const float* norm2_weight = nullptr;
   const float* norm2_bias = nullptr;
   double norm1_eps = 0, norm2_eps = 0;
-  PackedLinear qkv, proj, fc1, fc2;
+  LinearArgs qkv, proj, fc1, fc2;
 };
 
 // x and y (B, N, D), contiguous. The residual stream between the blocks is float32.

@@ -19,7 +19,7 @@ class Encoder {
         rows_(images * args.tokens),
         images_(images),
         lanes_(lanes),
-        limit_(group_rows<C>(args.hidden, getenv("SHARE") ? atof(getenv("SHARE")) : 0.5)),
+        limit_(group_rows<C>(args.hidden, 2.4)),
         wave_(rows_ < lanes * 2 * kTileRows ? 1 : lanes),
         groups_(wave_ * ((rows_ + wave_ * limit_ - 1) / (wave_ * limit_))),
         head_(args.tokens, args.width / args.heads) {
@@ -88,6 +88,10 @@ class Encoder {
   }
 
  private:
+  // A vector of n numbers from `first` on.
+  static Vec<A> load_at(const float* p, int64_t first, int64_t n) {
+    return first < n ? load(p + first, n - first) : Vec<A>{};
+  }
   static int64_t aligned(int64_t bytes) { return (bytes + 127) / 64 * 64; }
   int64_t begin_of(int64_t group) const { return rows_ * group / groups_; }
   Tiles tiles_of(int64_t group) const { return Tiles(begin_of(group + 1) - begin_of(group)); }
@@ -105,27 +109,30 @@ class Encoder {
 
   // f(group, tiles, tile, column, sums, bias) for every tile of a wave and every panel of a weight.
   template <class F>
-  void multiply(Team::Worker& worker, int64_t wave, const PackedLinear& w, const A* lines, bool by_wave, A* sums,
+  void multiply(Team::Worker& worker, int64_t wave, const LinearArgs& linear, const A* lines, bool by_wave, A* sums,
                 const F& f) {
+    const PackedWeight& w = linear.weight;
     const int64_t panels = panels_of<C>(w.n), size = units_of<C>(w.k) * kPanel<C>;
     worker.each(wave_ * panels, [&](int64_t item) {
       const int64_t group = wave + item / panels, p = item % panels;
       const Tiles tiles = tiles_of(group);
       const A* mine = lines + (by_wave ? item / panels * group_size() : begin_of(group)) * row_units<C>(w.k);
       Vec<A> bias[kPanelVectors] = {};
-      for (int j = 0; j < kPanelVectors && w.bias; j++) bias[j] = load(w.bias + p * kPanel<C> + j * kLanesA);
+      for (int j = 0; j < kPanelVectors && linear.bias; j++)
+        bias[j] = load_at(linear.bias, p * kPanel<C> + j * kLanesA, w.n);
       multiply_panel(Lines<C>{mine, tiles, w.k}, static_cast<const A*>(w.panels) + p * size, p * kPanel<C>, w.n, sums,
                      [&](int64_t t, int64_t column, const A* values) { f(group, tiles, t, column, values, bias); });
     });
   }
 
-  void project_qkv(Team::Worker& worker, int64_t wave, const PackedLinear& w, A* sums) {
-    multiply(worker, wave, w, lines_, false, sums,
+  void project_qkv(Team::Worker& worker, int64_t wave, const LinearArgs& linear, A* sums) {
+    const int64_t n = linear.weight.n;
+    multiply(worker, wave, linear, lines_, false, sums,
              [&](int64_t group, const Tiles& tiles, int64_t t, int64_t column, const A* values, const Vec<A>* bias) {
-               P* out = qkv_ + (begin_of(group) + tiles.begin(t)) * w.n + column;
-               for (int64_t i = tiles.height(t); i > 0; i--, out += w.n, values += kPanel<C>)
-                 for (int j = 0; j < kPanelVectors && column + j * kLanesA < w.n; j++)
-                   store(out + j * kLanesA, load(values + j * kLanesA) + bias[j], w.n - column - j * kLanesA);
+               P* out = qkv_ + (begin_of(group) + tiles.begin(t)) * n + column;
+               for (int64_t i = tiles.height(t); i > 0; i--, out += n, values += kPanel<C>)
+                 for (int j = 0; j < kPanelVectors && column + j * kLanesA < n; j++)
+                   store(out + j * kLanesA, load(values + j * kLanesA) + bias[j], n - column - j * kLanesA);
              });
   }
 
@@ -159,30 +166,33 @@ class Encoder {
     });
   }
 
-  void activate_hidden(Team::Worker& worker, int64_t wave, const PackedLinear& w, A* sums) {
+  void activate_hidden(Team::Worker& worker, int64_t wave, const LinearArgs& linear, A* sums) {
     const Activation activation = g_.activation;
-    multiply(worker, wave, w, lines_, false, sums,
+    const int64_t n = linear.weight.n;
+    multiply(worker, wave, linear, lines_, false, sums,
              [&](int64_t group, const Tiles& tiles, int64_t t, int64_t column, const A* values, const Vec<A>* bias) {
-               A* const lines = hidden_ + (group - wave) * group_size() * row_units<C>(w.n);
-               put_panel<C>(lines, tiles, t, column, w.n, [&](int64_t i, Vec<A>* v) {
+               A* const lines = hidden_ + (group - wave) * group_size() * row_units<C>(n);
+               put_panel<C>(lines, tiles, t, column, n, [&](int64_t i, Vec<A>* v) {
                  for (int j = 0; j < kPanelVectors; j++)
                    v[j] = Rounded<C>::activate(load(values + i * kPanel<C> + j * kLanesA) + bias[j], activation);
                });
              });
   }
 
-  void add_product(Team::Worker& worker, int64_t wave, const PackedLinear& w, const A* lines, bool by_wave, A* sums) {
-    multiply(worker, wave, w, lines, by_wave, sums,
+  void add_product(Team::Worker& worker, int64_t wave, const LinearArgs& linear, const A* lines, bool by_wave,
+                   A* sums) {
+    const int64_t n = linear.weight.n;
+    multiply(worker, wave, linear, lines, by_wave, sums,
              [&](int64_t group, const Tiles& tiles, int64_t t, int64_t column, const A* values, const Vec<A>* bias) {
                float* out = stream_ + (begin_of(group) + tiles.begin(t)) * g_.width + column;
                Vec<A> scale[kPanelVectors];
                for (int j = 0; j < kPanelVectors; j++)
-                 scale[j] = w.layer_scale ? load(w.layer_scale + column + j * kLanesA) : Vec<A>{} + 1.0f;
+                 scale[j] = linear.layer_scale ? load_at(linear.layer_scale, column + j * kLanesA, n) : Vec<A>{} + 1.0f;
                for (int64_t i = tiles.height(t); i > 0; i--, out += g_.width, values += kPanel<C>)
-                 for (int j = 0; j < kPanelVectors && column + j * kLanesA < w.n; j++) {
-                   const int64_t n = w.n - column - j * kLanesA;
+                 for (int j = 0; j < kPanelVectors && column + j * kLanesA < n; j++) {
+                   const int64_t left = n - column - j * kLanesA;
                    const Vec<A> branch = (load(values + j * kLanesA) + bias[j]) * scale[j];
-                   store(out + j * kLanesA, branch + load(out + j * kLanesA, n), n);
+                   store(out + j * kLanesA, branch + load(out + j * kLanesA, left), left);
                  }
              });
   }

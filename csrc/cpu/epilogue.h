@@ -39,11 +39,11 @@ FASTVIT_INLINE void epilogue_tile(const GemmArgs<T>& g, int64_t row, int64_t cou
 
 // The panels of a weight: those it came with, or its own.
 template <class T>
-class PackedWeight {
+class Weight {
  public:
   using C = compute_t<T>;
   using A = unit_t<C>;
-  explicit PackedWeight(const GemmArgs<T>& g)
+  explicit Weight(const GemmArgs<T>& g)
       : size_(units_of<C>(g.k) * kPanel<C>),
         memory_(g.panels ? 0 : panels_of<C>(g.n) * size_ * sizeof(A)),
         data_(g.panels ? static_cast<const A*>(g.panels) : memory_.as<A>()) {

@@ -24,7 +24,6 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 
-#include <cstdlib>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

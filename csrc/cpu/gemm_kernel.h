@@ -9,7 +9,7 @@ void gemm(const GemmArgs<T>& g) {
   using C = compute_t<T>;
   using A = unit_t<C>;
   if (g.n == 0 || g.m == 0) return;
-  const PackedWeight<T> weight(g);
+  const Weight<T> weight(g);
   const Groups<C> groups(g.m, g.k, 0.5);
   const int64_t row = row_units<C>(g.k), size = groups.rows * row + sums_size<C>(groups.rows);
   const Scratch scratch(thread_count() * size * sizeof(A));

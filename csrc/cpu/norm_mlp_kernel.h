@@ -12,7 +12,7 @@ void norm_mlp(const NormMlpArgs<T>& g) {
   using A = unit_t<C>;
   const int64_t m = g.fc1.m, width = g.fc1.k, hidden = g.fc1.n, out = g.fc2.n;
   if (m == 0) return;
-  const PackedWeight<T> fc1(g.fc1), fc2(g.fc2);
+  const Weight<T> fc1(g.fc1), fc2(g.fc2);
   const Groups<C> groups(m, hidden, 0.5);
   const int64_t size = groups.rows * (row_units<C>(width) + row_units<C>(hidden)) + sums_size<C>(groups.rows);
   const Scratch scratch(thread_count() * size * sizeof(A));

@@ -13,7 +13,7 @@
 namespace fastvit {
 namespace {
 
-constexpr const char* kOp = "pack_linear";
+constexpr const char* kOp = "pack_weight";
 
 Compute parse_compute(const std::string& name) {
   if (name == "float32") return Compute::float32;
@@ -34,68 +34,55 @@ int64_t panel_bytes(Compute compute, int64_t n, int64_t k) {
   }
 }
 
-template <class T>
-void pack_vector(const OptionalTensor& t, const Tensor& weight, const char* name, char* to, int64_t bytes) {
-  if (!t) return;
-  const int64_t n = weight.size(0);
-  std::memset(to, 0, bytes);
-  FASTVIT_SELECT(to_float<T>)(vector<T>(t, n, weight, kOp, name), n, reinterpret_cast<float*>(to));
-}
-
-Tensor pack_linear(const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& layer_scale,
-                   const std::string& compute_name) {
+Tensor pack_weight(const Tensor& weight, const std::string& compute_name) {
   FASTVIT_CHECK(weight.dim() == 2, kOp, ": weight must have shape (N, K)");
   const Compute compute = parse_compute(compute_name);
   FASTVIT_CHECK((compute == Compute::float64) == (weight.scalar_type() == ScalarType::Double), kOp,
                 ": float64 weights are computed in float64, and no others");
   const int64_t n = weight.size(0), k = weight.size(1);
-  const PackedHeader header{
-      PackedHeader::kMagic,   static_cast<int64_t>(active_isa()), static_cast<int64_t>(compute), n, k, bias.has_value(),
-      layer_scale.has_value()};
-  Tensor packed = empty(weight, {header.panels() + panel_bytes(compute, n, k)}, ScalarType::Byte);
+  const PackedHeader header{PackedHeader::kMagic, static_cast<int64_t>(active_isa()), static_cast<int64_t>(compute), n,
+                            k};
+  Tensor packed = empty(weight, {static_cast<int64_t>(sizeof(header)) + panel_bytes(compute, n, k)}, ScalarType::Byte);
   char* const base = static_cast<char*>(packed.mutable_data_ptr());
   std::memcpy(base, &header, sizeof(header));
   dispatch(weight, kOp, [&](auto tag) {
     using T = decltype(tag);
     const Rows<T> w = rows<T>(weight, n, k, weight, kOp, "weight");
-    pack_vector<T>(bias, weight, "bias", base + header.bias(), header.vector_bytes());
-    pack_vector<T>(layer_scale, weight, "layer_scale", base + header.layer_scale(), header.vector_bytes());
     if constexpr (std::is_same_v<T, double>)
-      FASTVIT_SELECT(pack_panels<double, double>)(w.data, w.stride, n, k, base + header.panels());
+      FASTVIT_SELECT(pack_panels<double, double>)(w.data, w.stride, n, k, base + sizeof(header));
     else if (compute == Compute::bfloat16)
-      FASTVIT_SELECT(pack_panels<bfloat16, T>)(w.data, w.stride, n, k, base + header.panels());
+      FASTVIT_SELECT(pack_panels<bfloat16, T>)(w.data, w.stride, n, k, base + sizeof(header));
     else
-      FASTVIT_SELECT(pack_panels<float, T>)(w.data, w.stride, n, k, base + header.panels());
+      FASTVIT_SELECT(pack_panels<float, T>)(w.data, w.stride, n, k, base + sizeof(header));
   });
   return packed;
 }
 
 }  // namespace
 
-PackedLinear packed_linear(const Tensor& t, int64_t n, int64_t k, const char* op, const char* name) {
+PackedWeight packed_weight(const Tensor& t, int64_t n, int64_t k, const char* op, const char* name) {
   FASTVIT_CHECK(t.scalar_type() == ScalarType::Byte && t.dim() == 1 && t.is_contiguous() &&
                     t.numel() >= static_cast<int64_t>(sizeof(PackedHeader)),
-                op, ": ", name, " must come from pack_linear");
+                op, ": ", name, " must come from pack_weight");
   const char* const base = static_cast<const char*>(t.const_data_ptr());
   PackedHeader header;
   std::memcpy(&header, base, sizeof(header));
-  FASTVIT_CHECK(header.magic == PackedHeader::kMagic, op, ": ", name, " must come from pack_linear");
+  FASTVIT_CHECK(header.magic == PackedHeader::kMagic, op, ": ", name, " must come from pack_weight");
   FASTVIT_CHECK(header.isa == static_cast<int64_t>(active_isa()), op, ": ", name,
                 " was packed for another instruction set");
   if (n < 0) n = header.n;
   FASTVIT_CHECK(header.n == n && header.k == k, op, ": ", name, " must be a packed weight of shape (", n, ", ", k,
                 "), got (", header.n, ", ", header.k, ")");
-  PackedLinear view;
+  PackedWeight view;
   view.n = n;
   view.k = k;
   view.compute = static_cast<Compute>(header.compute);
-  FASTVIT_CHECK(t.numel() == header.panels() + panel_bytes(view.compute, n, k), op, ": ", name, " is damaged");
-  if (header.has_bias) view.bias = reinterpret_cast<const float*>(base + header.bias());
-  if (header.has_layer_scale) view.layer_scale = reinterpret_cast<const float*>(base + header.layer_scale());
-  view.panels = base + header.panels();
+  FASTVIT_CHECK(t.numel() == static_cast<int64_t>(sizeof(header)) + panel_bytes(view.compute, n, k), op, ": ", name,
+                " is damaged");
+  view.panels = base + sizeof(header);
   return view;
 }
 
 }  // namespace fastvit
 
-STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CPU, m) { m.impl("pack_linear", TORCH_BOX(&fastvit::pack_linear)); }
+STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CPU, m) { m.impl("pack_weight", TORCH_BOX(&fastvit::pack_weight)); }

@@ -22,12 +22,3 @@ template <class P>
 int64_t packed_bytes(int64_t n, int64_t k) {
   return panels_bytes<compute_t<P>>(n, k);
 }
-
-template <class T>
-void to_float(const T* p, int64_t n, float* out) {
-  using A = accumulator_t<T>;
-  for (int64_t i = 0; i < n; i += kLanes<A>) {
-    const Vec<A> v = load(p + i, n - i);
-    for (int64_t j = 0; j < kLanes<A> && i + j < n; j++) out[i + j] = static_cast<float>(v[j]);
-  }
-}

@@ -116,8 +116,10 @@ def plan(module: nn.Module, options: Options) -> Plan | str | None:
 def _plan(module: Any, options: Options) -> Plan | str | None:
     if _same_forward(module, vit.Block):
         reason = _why_not_block(module, options)
-        block_ops = ("layer_norm", "linear", "attention", "norm_mlp")
-        return reason or Plan(layers.fused_block, block_ops, whole=True)
+        return reason or Plan(layers.fused_block, layers.BLOCK_OPS, whole=True)
+    if type(module) is nn.Sequential and len(module) and all(_same_forward(block, vit.Block) for block in module):
+        fusable = options.attention and options.layer_norm and options.mlp
+        return Plan(layers.fused_blocks, ("encoder",)) if fusable else None
     if _same_forward(module, vit.Attention):
         if not options.attention:
             return "attention=False"

@@ -5,16 +5,19 @@ from typing import Any
 from .. import backends as _backends
 from ._attention_arguments import prepare_attention, prepare_attention_packed, prepare_attention_varlen
 from .attention import attention, attention_packed, attention_varlen
+from .encoder import EncoderBlock, encoder, prepare_encoder, run_encoder
 from .layer_norm import add_layer_norm, layer_norm, prepare_add_layer_norm, prepare_layer_norm
 from .linear import linear, prepare_linear
 from .norm_mlp import norm_mlp, prepare_norm_mlp
 from .patch_embed import patch_embed, prepare_patch_embed
 
 __all__ = [
+    "EncoderBlock",
     "add_layer_norm",
     "attention",
     "attention_packed",
     "attention_varlen",
+    "encoder",
     "layer_norm",
     "linear",
     "norm_mlp",
@@ -28,6 +31,7 @@ _PUBLIC = {
     "attention": ("attention", prepare_attention),
     "attention_packed": ("attention", prepare_attention_packed),
     "attention_varlen": ("attention", prepare_attention_varlen),
+    "encoder": ("encoder", prepare_encoder),
     "layer_norm": ("layer_norm", prepare_layer_norm),
     "linear": ("linear", prepare_linear),
     "norm_mlp": ("norm_mlp", prepare_norm_mlp),
