@@ -14,14 +14,15 @@ STABLE_TORCH_LIBRARY(fastvit_native, m) {
       "-> (Tensor, Tensor)");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale, Tensor? residual, str activation, "
-      "bool keep_preact) -> (Tensor, Tensor)");
+      "bool keep_preact, Tensor? packed) -> (Tensor, Tensor)");
   m.def(
       "norm_mlp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, Tensor? fc1_bias, "
-      "Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale, float eps, str activation, bool residual, bool keep) "
+      "Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale, float eps, str activation, bool residual, bool keep, "
+      "Tensor? fc1_packed, Tensor? fc2_packed) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "patch_embed(Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, "
-      "Tensor? pixel_scale, Tensor? pixel_shift) -> Tensor");
+      "Tensor? pixel_scale, Tensor? pixel_shift, Tensor? packed) -> Tensor");
   // A linear layer's weight as the CPU kernels read it, for the active instruction set: an opaque uint8 tensor.
   m.def("pack_weight(Tensor weight, str compute) -> Tensor");
   // A number that changes, most likely, when the tensors' numbers do: it reads a few of each. With addresses, also when

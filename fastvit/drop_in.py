@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from . import backends, layers, ops
+from . import backends, layers, ops, prepack
+from .fused import BLOCK_OPS, MARK, has_hooks
 from .integrations import ADAPTERS, Options, Plan
 from .settings import SETTINGS
 
@@ -72,7 +73,7 @@ def _planned(
 
 def _call(fused: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The fused forward, or the class's own when a hook was put on a child that fusion would skip."""
-    if layers.has_hooks(module):
+    if has_hooks(module):
         return type(module).forward(module, *args, **kwargs)
     return fused(module, *args, **kwargs)
 
@@ -127,7 +128,7 @@ def accelerate(
         if "forward" in module.__dict__:
             continue
         module.__dict__["forward"] = partial(_call, found.forward, module)
-        module.__dict__[layers.MARK] = found.ops
+        module.__dict__[MARK] = found.ops
     return model
 
 
@@ -139,8 +140,9 @@ def restore(model: Model) -> Model:
     """
     _check_model("restore", model)
     for module in model.modules():
-        if module.__dict__.pop(layers.MARK, None) is not None:
+        if module.__dict__.pop(MARK, None) is not None:
             del module.__dict__["forward"]
+    prepack.forget(model.parameters())
     return model
 
 
@@ -151,13 +153,13 @@ def accelerated(model: Model, **options: bool) -> Iterator[Model]:
     Takes :func:`accelerate`'s options. A model that was accelerated before is so again behind the block.
     """
     _check_model("accelerated", model)
-    before = [(m, m.__dict__["forward"], m.__dict__[layers.MARK]) for m in model.modules() if layers.MARK in m.__dict__]
+    before = [(m, m.__dict__["forward"], m.__dict__[MARK]) for m in model.modules() if MARK in m.__dict__]
     try:
         yield accelerate(model, **options)
     finally:
         restore(model)
         for module, forward, marked in before:
-            module.__dict__.update({"forward": forward, layers.MARK: marked})
+            module.__dict__.update({"forward": forward, MARK: marked})
 
 
 # op -> the arguments of a smallest call for tensors like this one
@@ -165,6 +167,7 @@ _PROBES: dict[str, Callable[[torch.Tensor], Any]] = {
     "layer_norm": lambda t: ops.prepare_layer_norm(t.new_empty(0, 16)),
     "attention": lambda t: ops.prepare_attention_packed(t.new_empty(0, 4, 48), 1),
     "linear": lambda t: ops.prepare_linear(t.new_empty(0, 16), t.new_empty(16, 16)),
+    "encoder": lambda t: (t.new_empty(0, 4, 16), [], [], 1, 1.0, "none", str(t.dtype).removeprefix("torch.")),
     "norm_mlp": lambda t: ops.prepare_norm_mlp(
         t.new_empty(0, 16), None, None, t.new_empty(16, 16), None, t.new_empty(16, 16), None
     ),
@@ -203,10 +206,15 @@ def report(model: nn.Module) -> Report:
         if any(name.startswith(f"{parent}.") for parent in fused):
             continue
         kind, like = type(module).__name__, next(module.parameters(), None)
-        used: tuple[str, ...] | None = module.__dict__.get(layers.MARK, _OWN.get(type(module)))
-        if used is not None and like is not None and not layers.has_hooks(module):
-            rows.append(Row(name, kind, True, {op: _probe(op, like) for op in used}))
-            fused.append(name)
+        used: tuple[str, ...] | None = module.__dict__.get(MARK, _OWN.get(type(module)))
+        if used is not None and like is not None and not has_hooks(module):
+            chosen = {op: _probe(op, like) for op in used}
+            if chosen.get("encoder") == "reference":  # then its ops run one by one
+                del chosen["encoder"]
+            if chosen:
+                rows.append(Row(name, kind, True, chosen))
+            if used != ("encoder",):
+                fused.append(name)
         elif used is not None:
             rows.append(Row(name, kind, False, {}, "a module inside it carries a hook, which fusion would skip"))
         elif found is not None or next(module.parameters(recurse=False), None) is not None:
@@ -216,7 +224,7 @@ def report(model: nn.Module) -> Report:
 
 # our own modules, which are fused as they are
 _OWN: dict[type, tuple[str, ...]] = {
-    layers.Block: layers.BLOCK_OPS,
+    layers.Block: BLOCK_OPS,
     layers.PatchEmbed: ("patch_embed",),
     layers.LayerNorm: ("layer_norm",),
 }

@@ -1,23 +1,18 @@
 """The modules of a Vision Transformer: parameters under timm's names, and one op call each.
 
-The forwards, :func:`fused_block` among them, read nothing of their module but attributes that timm's modules have as
-well, so that the integrations can bind them to those. A module whose children carry hooks calls its children instead.
+The forwards read nothing of their module but attributes that timm's modules have as well, so that the integrations can
+bind them to those. A module whose children carry hooks calls its children instead.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .config import Size, pair
+from .fused import BLOCK_OPS, activation_name, active, attend, fused_block, has_hooks
 from .resample import resample_patch_weight
-
-
-# where accelerate leaves the names of the ops that a module's fused forward calls
-MARK = "_fastvit_ops"
-BLOCK_OPS = ("encoder", "layer_norm", "linear", "attention", "norm_mlp")
 
 
 class QuickGELU(nn.Module):
@@ -32,51 +27,6 @@ ACTIVATION_LAYERS: dict[str, Callable[[], nn.Module]] = {
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "quick_gelu": QuickGELU,
 }
-
-
-def activation_name(module: nn.Module) -> str | None:
-    """The ops' name of an activation module (torch's, timm's or ours), or None when the ops have no such activation."""
-    if isinstance(module, nn.GELU):
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}.get(type(module).__name__)
-
-
-def _active(dropout: nn.Module) -> bool:
-    """Whether a dropout or drop-path module changes its input now."""
-    return dropout.training and getattr(dropout, "p", getattr(dropout, "drop_prob", 0.0)) > 0.0
-
-
-def _drop_path_rate(drop_path: Any) -> float | None:
-    """The rate an op has to drop branches at in this module's place, or None where the module must be called itself."""
-    if not _active(drop_path):
-        return 0.0
-    plain = type(drop_path).__name__ == "DropPath" and getattr(drop_path, "scale_by_keep", True)
-    return drop_path.drop_prob if plain and drop_path.drop_prob < 1.0 else None
-
-
-def _norm_args(norm: Any) -> tuple[Tensor | None, Tensor | None, float] | None:
-    return None if isinstance(norm, nn.Identity) else (norm.weight, norm.bias, norm.eps)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module below this one carries a forward or backward hook, which a fused forward would skip.
-
-    Always False while torch.compile traces, which does not follow hooks added later either.
-    """
-    return not torch.compiler.is_compiling() and _child_has_hooks(module)
-
-
-def _child_has_hooks(module: nn.Module) -> bool:
-    for child in module._modules.values():  # runs in every forward: Module.modules() takes five times as long
-        if child is not None and (
-            child._forward_hooks
-            or child._forward_pre_hooks
-            or child._backward_hooks
-            or child._backward_pre_hooks
-            or _child_has_hooks(child)
-        ):
-            return True
-    return False
 
 
 class LayerNorm(nn.LayerNorm):
@@ -113,7 +63,7 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _active(self):
+        if not active(self):
             return x
         keep = 1.0 - self.drop_prob
         return x * x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep).div_(keep)
@@ -221,21 +171,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        return self.proj_drop(self.proj(_attend(self, self.qkv(x), attn_mask, is_causal)))
-
-
-def _attend(attn: Any, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """What an attention module computes between its projections, (B, N, 3·D) to (B, N, D)."""
-    return ops.attention_packed(
-        qkv,
-        attn.num_heads,
-        q_norm=_norm_args(attn.q_norm),
-        k_norm=_norm_args(attn.k_norm),
-        mask=attn_mask,
-        causal=is_causal,
-        scale=attn.scale,
-        dropout=attn.attn_drop.p if attn.training else 0.0,
-    )
+        return self.proj_drop(self.proj(attend(self, self.qkv(x), attn_mask, is_causal)))
 
 
 class Mlp(nn.Module):
@@ -267,6 +203,8 @@ class Mlp(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm encoder block: x + MSA(LN(x)), then x + MLP(LN(x)) (paper, equations 2 and 3)."""
+
+    _fastvit_ops = BLOCK_OPS
 
     def __init__(
         self,
@@ -302,102 +240,6 @@ class Block(nn.Module):
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return fused_block(self, x, attn_mask, is_causal)
-
-
-def fused_blocks(blocks: Any, x: Tensor) -> Tensor:
-    """A sequence of blocks (ours or timm's) in one op where a backend has one for them all, else block by block."""
-    y = _run_encoder(list(blocks), x)
-    if y is None:
-        for block in blocks:
-            x = block(x)
-    return x if y is None else y
-
-
-def _run_encoder(blocks: list[Any], x: Tensor) -> Tensor | None:
-    """All blocks by one kernel, or None where none serves, or what they compute is more than it does."""
-    if x.dim() != 3 or not blocks or not _plain(blocks[0]):
-        return None
-    first = blocks[0].attn
-    heads, scale, activation = first.num_heads, first.scale, activation_name(blocks[0].mlp.act)
-    parameters, eps = list[Tensor | None](), list[float]()
-    for block in blocks:
-        if not _plain(block):
-            return None
-        attn, mlp, norm1, norm2 = block.attn, block.mlp, block.norm1, block.norm2
-        qkv, proj, fc1, fc2 = attn.qkv, attn.proj, mlp.fc1, mlp.fc2
-        if (attn.num_heads, attn.scale, activation_name(mlp.act)) != (heads, scale, activation):
-            return None
-        gamma1, gamma2 = _gamma(block.ls1), _gamma(block.ls2)
-        parameters += (norm1.weight, norm1.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma1)
-        parameters += (norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma2)
-        eps += (norm1.eps, norm2.eps)
-    return ops.run_encoder(x, parameters, eps, heads, scale, activation)
-
-
-def _plain(block: Any) -> bool:
-    """Whether a block is one that fused_block serves, and computes no more than the encoder's kernels now."""
-    if block.__dict__.get(MARK) != BLOCK_OPS and type(block).forward is not Block.forward:
-        return False
-    attn, mlp = block.attn, block.mlp
-    if not isinstance(attn.q_norm, nn.Identity) or not isinstance(attn.k_norm, nn.Identity):
-        return False
-    if not block.training:
-        return True
-    dropouts = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2, block.drop_path1, block.drop_path2)
-    return not any(map(_active, dropouts))
-
-
-def fused_block(block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """A block (ours or timm's) in a handful of ops, its children's parameters read and their forwards skipped."""
-    y = None if is_causal or attn_mask is not None else _run_encoder([block], x)
-    if y is not None:
-        return y
-    attn = block.attn
-    normalised = ops.layer_norm(x, block.norm1.weight, block.norm1.bias, block.norm1.eps)
-    heads = _attend(attn, ops.linear(normalised, attn.qkv.weight, attn.qkv.bias), attn_mask, is_causal)
-    x = _add_branch(x, heads, attn.proj, attn.proj_drop, block.ls1, block.drop_path1)
-    return _add_mlp(x, block.norm2, block.mlp, block.ls2, block.drop_path2)
-
-
-def _gamma(layer_scale: Any) -> Tensor | None:
-    return None if isinstance(layer_scale, nn.Identity) else layer_scale.gamma
-
-
-def _add_branch(
-    x: Tensor, h: Tensor, linear: nn.Linear, dropout: nn.Module, layer_scale: nn.Module, drop_path: nn.Module
-) -> Tensor:
-    """x + drop_path(layer_scale(dropout(linear(h)))), in one op when the dropout is inactive."""
-    if _active(dropout):
-        return x + drop_path(layer_scale(dropout(ops.linear(h, linear.weight, linear.bias))))
-    rate, gamma = _drop_path_rate(drop_path), _gamma(layer_scale)
-    if rate is None:
-        return x + drop_path(ops.linear(h, linear.weight, linear.bias, layer_scale=gamma))
-    return ops.linear(h, linear.weight, linear.bias, layer_scale=gamma, residual=x, drop_path=rate)
-
-
-def _add_mlp(x: Tensor, norm: nn.LayerNorm, mlp: Mlp, layer_scale: nn.Module, drop_path: nn.Module) -> Tensor:
-    """x + drop_path(layer_scale(mlp(norm(x)))), in one op when no dropout is active."""
-    activation = activation_name(mlp.act)
-    if _active(mlp.drop1) or _active(mlp.drop2):
-        normalised = ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
-        hidden = ops.linear(normalised, mlp.fc1.weight, mlp.fc1.bias, activation=activation)
-        return _add_branch(x, mlp.drop1(hidden), mlp.fc2, mlp.drop2, layer_scale, drop_path)
-    rate = _drop_path_rate(drop_path)
-    y = ops.norm_mlp(
-        x,
-        norm.weight,
-        norm.bias,
-        mlp.fc1.weight,
-        mlp.fc1.bias,
-        mlp.fc2.weight,
-        mlp.fc2.bias,
-        norm.eps,
-        activation=activation,
-        layer_scale=_gamma(layer_scale),
-        residual=rate is not None,
-        drop_path=rate or 0.0,
-    )
-    return x + drop_path(y) if rate is None else y
 
 
 def pool(x: Tensor, mode: str, num_prefix_tokens: int, include_prefix: bool) -> Tensor:

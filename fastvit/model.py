@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import POOLINGS, PRESETS, Size, ViTConfig, override, preset
+from .fused import fused_blocks, has_hooks
 from .initialize import initialize
-from .layers import Block, LayerNorm, PatchDropout, PatchEmbed, fused_blocks, has_hooks, pool
+from .layers import Block, LayerNorm, PatchDropout, PatchEmbed, pool
 from .resample import resample_positions
 
 

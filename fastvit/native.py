@@ -31,6 +31,9 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "norm_mlp": ("sample_scale",),
 }
 
+# Where the weights of linear layers are among an op's arguments: the CPU kernels take them packed as well.
+_WEIGHTS: dict[str, tuple[int, ...]] = {"linear": (1,), "norm_mlp": (3, 5), "patch_embed": (1,)}
+
 # What loading the extension said: absent = not tried, empty = loaded.
 _failure: dict[str, str] = {}
 
@@ -109,7 +112,9 @@ class Launcher:
         taken = args[: len(args) - len(_OPTIONS.get(self.op, ()))]
         # Numbers per channel are tensors in C++.
         taken = tuple(torch.tensor(a, dtype=torch.float32) if isinstance(a, (list, tuple)) else a for a in taken)
-        return getattr(torch.ops.fastvit_native, self.op)(*taken)
+        weights = _WEIGHTS.get(self.op, ()) if self.device_type == "cpu" else ()
+        packed = [prepack.weight_if_kept(taken[i]) for i in weights]
+        return getattr(torch.ops.fastvit_native, self.op)(*taken, *packed)
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class Encoder(Launcher):
     """The launcher of the encoder, whose parameters are packed once and kept."""
 
     def why_not(self, *args: Any) -> str | None:
-        x, parameters, _, heads, _, _, compute = args
+        x, _parameters, _, _heads, _, _, compute = args
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or compute == "float64":
             return f"cpu encoder computes in float32, bfloat16, float16, got {str(x.dtype).removeprefix('torch.')}"
         return super().why_not(*args)

@@ -43,7 +43,23 @@ def state(tensors: Sequence[Tensor]) -> tuple:
 
 def weight(tensor: Tensor, compute: str) -> Tensor:
     """The weight (N, K) of a linear layer for products in ``compute``, packed now or before."""
-    return _copy(tensor, f"{compute}, {_isa()}", lambda: torch.ops.fastvit_native.pack_weight(tensor, compute))
+    return _copy(
+        tensor, f"{compute}, {_isa()}", lambda: torch.ops.fastvit_native.pack_weight(tensor.flatten(1), compute)
+    )
+
+
+def weight_if_kept(tensor: Tensor) -> Tensor | None:
+    """The packed weight (N, K) or (N, ...), or None where it pays better to pack it for one call alone.
+
+    That is where it has changed since the last call, as it does at each step of a training run.
+    """
+    if not isinstance(tensor, torch.nn.Parameter):
+        return None
+    entry, now = _packed.get(tensor), state([tensor])
+    if entry is None or entry.state != now:
+        _packed[tensor] = _Packed(now, {})
+        return None
+    return weight(tensor, "float32" if tensor.dtype == torch.float16 else str(tensor.dtype).removeprefix("torch."))
 
 
 def vector(tensor: Tensor | None) -> Tensor:
@@ -59,7 +75,6 @@ _ABSENT = torch.empty(0)
 
 
 def _copy(tensor: Tensor, kind: str, make: Any) -> Tensor:
-    tensor = tensor.detach() if tensor.grad_fn is not None else tensor
     now = state([tensor])
     entry = _packed.get(tensor)
     if entry is None or entry.state != now:

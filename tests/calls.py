@@ -34,8 +34,12 @@ PATCHES: Shapes = {
 ENCODER: Shapes = {
     "x": (2, 5, 16),
     **dict.fromkeys(ops.EncoderBlock._fields[:14], (16,)),
-    **{"qkv_weight": (48, 16), "qkv_bias": (48,), "proj_weight": (16, 16)},
-    **{"fc1_weight": (24, 16), "fc1_bias": (24,), "fc2_weight": (16, 24)},
+    "qkv_weight": (48, 16),
+    "qkv_bias": (48,),
+    "proj_weight": (16, 16),
+    "fc1_weight": (24, 16),
+    "fc1_bias": (24,),
+    "fc2_weight": (16, 24),
 }
 HEADS: Shapes = dict.fromkeys("qkv", (2, 2, 5, 8))
 

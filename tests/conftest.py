@@ -9,7 +9,9 @@ from grid import pytest_addoption, pytest_collection_modifyitems  # noqa: F401  
 
 INTERPRETED = interpreter.install()
 
-from fastvit.benchmarks.peers import repair_torchvision  # noqa: E402  (the interpreter must be set up first)
+from fastvit.benchmarks.peers import repair_torchvision  # noqa: E402
+
+from fastvit import native  # noqa: E402  (the interpreter must be set up first)
 
 TORCHVISION_FAILURE = repair_torchvision()
 REQUIRE_PARITY = os.environ.get("CI", "").lower() in ("1", "true")
@@ -25,6 +27,26 @@ def pytest_runtest_makereport(item, call):
         if not reason.removeprefix("Skipped: ").startswith("GPU:"):
             report.outcome = "failed"
             report.longrepr = f"skipped in CI, where nothing but GPU tests may be: {reason}"
+
+
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+DETECTED = "portable" if native.why_unavailable("cpu") else native.build_info()["cpu_detected"]
+
+
+@pytest.fixture(params=ISAS[: ISAS.index(DETECTED) + 1])
+def isa(request):
+    """The CPU kernels run with each instruction set that this machine has."""
+    torch.ops.fastvit_native.cpu_isa(request.param)
+    yield request.param
+    torch.ops.fastvit_native.cpu_isa("")
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads; the number of before returns after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

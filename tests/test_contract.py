@@ -69,6 +69,11 @@ def norm_mlp_case(place):
     return torch.ops.fastvit.norm_mlp, (*args, 1e-6, "gelu", True, True, scale, place.backend)
 
 
+def encoder_case(place):
+    block = [t.detach() for t in tensors(*CALLS["encoder"][1].values())]
+    return torch.ops.fastvit.encoder, (block[0], block[1:], [1e-6, 1e-6], 2, 0.35, "gelu", "float32", place.backend)
+
+
 def patch_embed_case(place):
     image, w, b, pos, prefix = tensors((2, 3, 8, 8), (16, 3, 4, 4), (16,), (5, 16), (1, 16))
     return torch.ops.fastvit.patch_embed, (image, w, b, pos, prefix, None, None, place.backend)
@@ -80,6 +85,7 @@ OP_CASES = (
     (attention_unpacked_case, "attention"),
     (linear_case, "linear"),
     (norm_mlp_case, "norm_mlp"),
+    (encoder_case, "encoder"),
     (patch_embed_case, "patch_embed"),
 )
 CASES = [
@@ -145,7 +151,7 @@ def test_second_derivative_is_right_or_raises(call):
     if call.place.backend != "reference":
         with pytest.raises(RuntimeError, match=r"no autograd formula|does not require grad|not differentiable"):
             torch.autograd.grad(grad.square().sum(), first)
-    elif "attention" in call.name:  # torch's own fused attention has none either
+    elif call.name == "encoder" or "attention" in call.name:  # torch's own fused attention has none either
         with pytest.raises(RuntimeError, match="is not implemented"):
             torch.autograd.grad(grad.square().sum(), first)
     else:
@@ -162,6 +168,14 @@ def eager_norm_mlp(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, 
     return x + layer_scale * F.linear(hidden, fc2_weight, fc2_bias)
 
 
+def eager_encoder(x, **block):
+    b = ops.EncoderBlock(**block)
+    qkv = F.linear(F.layer_norm(x, (16,), b.norm1_weight, b.norm1_bias, 1e-6), b.qkv_weight, b.qkv_bias)
+    x = x + b.layer_scale1 * F.linear(eager_attention(qkv), b.proj_weight, b.proj_bias)
+    mlp = (b.norm2_weight, b.norm2_bias, b.fc1_weight, b.fc1_bias, b.fc2_weight, b.fc2_bias)
+    return eager_norm_mlp(x, *mlp, b.layer_scale2)
+
+
 def eager_add_layer_norm(x, residual, weight, bias, layer_scale):
     z = residual + layer_scale * x
     return torch.cat([F.layer_norm(z, (16,), weight, bias, 1e-6), z])
@@ -172,6 +186,7 @@ EAGER = {
     "attention": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
     "attention_packed": eager_attention,
     "attention_varlen": lambda qkv: torch.cat([eager_attention(part) for part in (qkv[:2], qkv[2:])]),
+    "encoder": eager_encoder,
     "layer_norm": lambda x, weight, bias: F.layer_norm(x, (16,), weight, bias, 1e-6),
     "linear": lambda x, weight, bias, layer_scale, residual: residual + layer_scale * F.gelu(F.linear(x, weight, bias)),
     "norm_mlp": eager_norm_mlp,

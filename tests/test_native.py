@@ -17,8 +17,6 @@ from fastvit.ops._attention_arguments import PLAIN
 
 pytestmark = pytest.mark.skipif(native.why_unavailable("cpu") is not None, reason=str(native.why_unavailable("cpu")))
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
-DETECTED = "portable" if native.why_unavailable("cpu") else native.build_info()["cpu_detected"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -26,20 +24,6 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
-
-
-@pytest.fixture(params=ISAS[: ISAS.index(DETECTED) + 1])
-def isa(request):
-    torch.ops.fastvit_native.cpu_isa(request.param)
-    yield request.param
-    torch.ops.fastvit_native.cpu_isa("")
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def linear(x: Tensor, weight: Tensor, *, bias=None, scale=None, residual=None, activation="none", keep=False):

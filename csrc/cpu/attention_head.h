@@ -64,29 +64,32 @@ void softmax_row(const AttentionArgs<T>& g, const void* mask, int64_t query, int
   using A = accumulator_t<T>;
   constexpr int64_t lanes = kLanes<A>, per_unit = Units<C>::kPerUnit;
   const bool special = g.mask_kind != MaskKind::none || g.causal || !(g.scale >= 0);
-  Vec<A> largest[2] = {Vec<A>{} - A(INFINITY), Vec<A>{} - A(INFINITY)};
-  int64_t key = 0, turn = 0;
-  for (; key < keys; key += lanes, turn ^= 1) {
-    Vec<A> s = load(scores + key);
-    if (special) s = masked(g, mask, query, key, keys - key, s);
-    if (keys - key < lanes) s = hide_beyond<A>(s, keys - key);
-    if (special || keys - key < lanes) store(scores + key, s);
-    largest[turn] = larger<A>(s, largest[turn]);
-  }
-  for (; key < lines_of<C>(keys) * kLine<C>; key += lanes) store(scores + key, Vec<A>{} - A(INFINITY));
+  const int64_t whole = keys / lanes * lanes, end = lines_of<C>(keys) * kLine<C>;
+  const Vec<A> hidden = Vec<A>{} - A(INFINITY);
+  if (special)
+    for (int64_t key = 0; key < keys; key += lanes)
+      store(scores + key, masked(g, mask, query, key, keys - key, load(scores + key)));
+  if (whole < keys) store(scores + whole, hide_beyond<A>(load(scores + whole), keys - whole));
+  for (int64_t key = whole + (whole < keys) * lanes; key < end; key += lanes) store(scores + key, hidden);
+  Vec<A> largest[2] = {hidden, hidden};
+  int64_t key = 0;
+  for (; key + 2 * lanes <= end; key += 2 * lanes)
+    for (int j = 0; j < 2; j++) largest[j] = larger<A>(load(scores + key + j * lanes), largest[j]);
+  for (; key < end; key += lanes) largest[0] = larger<A>(load(scores + key), largest[0]);
   const A top = max_of<A>(larger<A>(largest[0], largest[1])), shift = top == -A(INFINITY) ? A(0) : top;
   const A factor = special ? A(1) : A(g.scale);
-  Vec<A> sum[4] = {};
-  for (key = 0; key < keys; key += kLine<C>, probabilities += line_stride) {
+  Vec<A> sum[per_unit] = {};
+  for (key = 0; key < end; key += kLine<C>, probabilities += line_stride) {
     Vec<A> e[per_unit];
     for (int v = 0; v < per_unit; v++) {
       e[v] = Rounded<C>::exp_scaled(load(scores + key + v * lanes) - shift, factor);
-      sum[(key / lanes + v) & 3] += e[v];
+      sum[v] += e[v];
     }
     store(probabilities, Units<C>::from(e));
   }
   maximum = special ? top : top * factor;
-  total = sum_of<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (int v = 1; v < per_unit; v++) sum[0] += sum[v];
+  total = sum_of<A>(sum[0]);
 }
 
 #if FASTVIT_ISA >= FASTVIT_ISA_AVX512_BF16

@@ -5,6 +5,7 @@
 
 #include "common/check.h"
 #include "cpu/kernels.h"
+#include "cpu/packed.h"
 
 namespace fastvit {
 namespace {
@@ -13,7 +14,7 @@ constexpr const char* kOp = "linear";
 
 std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                   const OptionalTensor& layer_scale, const OptionalTensor& residual,
-                                  const std::string& activation, bool keep_preact) {
+                                  const std::string& activation, bool keep_preact, const OptionalTensor& packed) {
   FASTVIT_CHECK(x.dim() == 2 && weight.dim() == 2, kOp, ": x must have shape (M, K) and weight (N, K)");
   const int64_t m = x.size(0), k = x.size(1), n = weight.size(0);
   Tensor y = empty(x, {m, n});
@@ -29,6 +30,7 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const O
     args.x_stride = x_rows.stride;
     args.weight = weight_rows.data;
     args.weight_stride = weight_rows.stride;
+    args.panels = panels_of<T>(packed, n, k, kOp, "packed");
     args.m = m;
     args.n = n;
     args.k = k;

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "common/check.h"
+#include "cpu/packed.h"
 
 #define FASTVIT_KERNELS "cpu/norm_mlp_kernel.h"
 #include "cpu/foreach_isa.h"
@@ -15,12 +16,11 @@ namespace {
 
 constexpr const char* kOp = "norm_mlp";
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_mlp_op(const Tensor& x, const OptionalTensor& norm_weight,
-                                                       const OptionalTensor& norm_bias, const Tensor& fc1_weight,
-                                                       const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
-                                                       const OptionalTensor& fc2_bias,
-                                                       const OptionalTensor& layer_scale, double eps,
-                                                       const std::string& activation, bool residual, bool keep) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_mlp_op(
+    const Tensor& x, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& fc1_weight,
+    const OptionalTensor& fc1_bias, const Tensor& fc2_weight, const OptionalTensor& fc2_bias,
+    const OptionalTensor& layer_scale, double eps, const std::string& activation, bool residual, bool keep,
+    const OptionalTensor& fc1_packed, const OptionalTensor& fc2_packed) {
   FASTVIT_CHECK(x.dim() == 2 && fc1_weight.dim() == 2 && fc2_weight.dim() == 2, kOp,
                 ": x must have shape (M, D), fc1_weight (F, D) and fc2_weight (O, F)");
   const int64_t m = x.size(0), width = x.size(1), hidden = fc1_weight.size(0), out = fc2_weight.size(0);
@@ -47,12 +47,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_mlp_op(const Tensor& x, const Op
     fc1.m = m;
     fc1.weight = fc1_rows.data;
     fc1.weight_stride = fc1_rows.stride;
+    fc1.panels = panels_of<T>(fc1_packed, hidden, width, kOp, "fc1_packed");
     fc1.n = hidden;
     fc1.k = width;
     fc1.bias = vector<T>(fc1_bias, hidden, x, kOp, "fc1_bias");
     fc1.activation = parsed;
     fc2.weight = fc2_rows.data;
     fc2.weight_stride = fc2_rows.stride;
+    fc2.panels = panels_of<T>(fc2_packed, out, hidden, kOp, "fc2_packed");
     fc2.n = out;
     fc2.k = hidden;
     fc2.bias = vector<T>(fc2_bias, out, x, kOp, "fc2_bias");

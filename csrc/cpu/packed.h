@@ -26,4 +26,21 @@ struct PackedWeight {
 // Throws unless the tensor is a weight (n, k) packed for the active instruction set; any n where it is negative.
 PackedWeight packed_weight(const Tensor& t, int64_t n, int64_t k, const char* op, const char* name);
 
+// What a weight of T is packed for.
+template <class T>
+constexpr Compute kComputeOf = Compute::float32;
+template <>
+inline constexpr Compute kComputeOf<bfloat16> = Compute::bfloat16;
+template <>
+inline constexpr Compute kComputeOf<double> = Compute::float64;
+
+// The panels of a weight (n, k) of T, or null where it was not packed beforehand.
+template <class T>
+const void* panels_of(const OptionalTensor& t, int64_t n, int64_t k, const char* op, const char* name) {
+  if (!t) return nullptr;
+  const PackedWeight w = packed_weight(*t, n, k, op, name);
+  FASTVIT_CHECK(w.compute == kComputeOf<T>, op, ": ", name, " was packed for another dtype");
+  return w.panels;
+}
+
 }  // namespace fastvit

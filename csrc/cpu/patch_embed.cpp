@@ -6,6 +6,7 @@
 
 #include "common/check.h"
 #include "cpu/kernels.h"
+#include "cpu/packed.h"
 
 #define FASTVIT_KERNELS "cpu/patch_embed_kernel.h"
 #include "cpu/foreach_isa.h"
@@ -41,7 +42,7 @@ void embed_images(PatchArgs<T> patches, GemmArgs<T> product, int64_t batch, int6
 
 Tensor patch_embed(const Tensor& image, const Tensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& pos_embed, const OptionalTensor& prefix, const OptionalTensor& pixel_scale,
-                   const OptionalTensor& pixel_shift) {
+                   const OptionalTensor& pixel_shift, const OptionalTensor& packed) {
   FASTVIT_CHECK(image.dim() == 4 && weight.dim() == 4, kOp,
                 ": image must have shape (B, C, height, width) and weight (D, C, P, Q)");
   const int64_t batch = image.size(0), channels = image.size(1), width = weight.size(0);
@@ -81,6 +82,7 @@ Tensor patch_embed(const Tensor& image, const Tensor& weight, const OptionalTens
     GemmArgs<T> product;
     product.weight = static_cast<const T*>(weight.const_data_ptr());
     product.weight_stride = product.k = channels * patch_height * patch_width;
+    product.panels = panels_of<T>(packed, width, product.k, kOp, "packed");
     product.n = width;
     product.bias = vector<T>(bias, width, weight, kOp, "bias");
     product.residual = pos_embed ? position_rows[every_token ? prefixes : 0] : nullptr;

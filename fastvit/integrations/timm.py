@@ -11,6 +11,7 @@ import timm.models.vision_transformer as vit
 from torch import Tensor, nn
 
 from .. import layers, ops
+from ..fused import BLOCK_OPS, activation_name, fused_block, fused_blocks, has_hooks
 from . import Options, Plan
 
 
@@ -51,7 +52,7 @@ def _why_not_mlp(mlp: Any) -> str | None:
         return f"MLP is {type(mlp).__name__}"
     if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
         return "the MLP normalises its hidden layer"
-    if layers.activation_name(mlp.act) is None:
+    if activation_name(mlp.act) is None:
         return f"activation {type(mlp.act).__name__} has no fused form"
     return _why_not_linear("fc1", mlp.fc1) or _why_not_linear("fc2", mlp.fc2)
 
@@ -108,7 +109,7 @@ def patch_embed_forward(embed: Any, x: Tensor) -> Tensor:
 def plan(module: nn.Module, options: Options) -> Plan | str | None:
     """How to fuse this module, why not, or None when it is none of timm's ViT modules."""
     found = _plan(module, options)
-    if isinstance(found, Plan) and found.whole and layers.has_hooks(module):
+    if isinstance(found, Plan) and found.whole and has_hooks(module):
         return "a module inside it carries a hook, which the fused forward would skip"
     return found
 
@@ -116,10 +117,10 @@ def plan(module: nn.Module, options: Options) -> Plan | str | None:
 def _plan(module: Any, options: Options) -> Plan | str | None:
     if _same_forward(module, vit.Block):
         reason = _why_not_block(module, options)
-        return reason or Plan(layers.fused_block, layers.BLOCK_OPS, whole=True)
+        return reason or Plan(fused_block, BLOCK_OPS, whole=True)
     if type(module) is nn.Sequential and len(module) and all(_same_forward(block, vit.Block) for block in module):
         fusable = options.attention and options.layer_norm and options.mlp
-        return Plan(layers.fused_blocks, ("encoder",)) if fusable else None
+        return Plan(fused_blocks, ("encoder",)) if fusable else None
     if _same_forward(module, vit.Attention):
         if not options.attention:
             return "attention=False"

@@ -5,7 +5,7 @@ from typing import Any
 from .. import backends as _backends
 from ._attention_arguments import prepare_attention, prepare_attention_packed, prepare_attention_varlen
 from .attention import attention, attention_packed, attention_varlen
-from .encoder import EncoderBlock, encoder, prepare_encoder, run_encoder
+from .encoder import EncoderBlock, encoder, prepare_encoder
 from .layer_norm import add_layer_norm, layer_norm, prepare_add_layer_norm, prepare_layer_norm
 from .linear import linear, prepare_linear
 from .norm_mlp import norm_mlp, prepare_norm_mlp

@@ -74,7 +74,8 @@ def prepare_encoder(x, blocks, num_heads, *, scale=None, activation="gelu"):
     activation, width = contract.check_activation(op, activation), x.shape[-1]
     if not isinstance(num_heads, int) or num_heads <= 0 or width % num_heads:
         raise ValueError(f"fastvit.{op}: num_heads must divide x's width {width}, got {num_heads!r}")
-    parameters, eps = list[Tensor | None](), list[float]()
+    parameters: list[Tensor | None] = []
+    eps: list[float] = []
     for i, block in enumerate(blocks):
         contract.check_tensor(op, f"blocks[{i}].fc1_weight", block.fc1_weight, 2)
         hidden = block.fc1_weight.shape[0]

@@ -1,0 +1,328 @@
+"""Whole encoder blocks in one call: values, options, threads; and packed weights that follow their parameters."""
+
+import copy
+import gc
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import places
+from models import images, small_timm
+from tolerances import assert_close
+from torch import Tensor, nn
+
+import fastvit
+from fastvit import ops, prepack
+
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+needs_kernel = pytest.mark.skipif(
+    bool(fastvit.backends.why_unavailable("cpu")), reason=str(fastvit.backends.why_unavailable("cpu"))
+)
+
+
+def block(width: int, hidden: int, dtype=torch.float32, seed: int = 0, **absent: None) -> ops.EncoderBlock:
+    """Parameters of a block, affine ones at random; those named in ``absent`` are None."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"qkv_weight": (3 * width, width), "qkv_bias": (3 * width,), "proj_weight": (width, width)}
+    shapes |= {"fc1_weight": (hidden, width), "fc1_bias": (hidden,), "fc2_weight": (width, hidden)}
+    made = {}
+    for name in ops.EncoderBlock._fields[:14]:
+        shape = shapes.get(name, (width,))
+        noise = torch.randn(shape, generator=g)
+        noise = noise / shape[1] ** 0.5 if len(shape) == 2 else noise * 0.3 + name.endswith(("weight", "scale1"))
+        made[name] = nn.Parameter(noise.to(dtype), requires_grad=False)
+    return ops.EncoderBlock(**{**made, **absent})._replace(norm1_eps=1e-6, norm2_eps=1e-5)
+
+
+def eager(x: Tensor, blocks: list[ops.EncoderBlock], heads: int, activation: str = "gelu") -> Tensor:
+    """The same blocks as timm computes them."""
+    act = {
+        "gelu": F.gelu,
+        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+        "quick_gelu": lambda t: t * torch.sigmoid(1.702 * t),
+    }[activation]
+    for b in blocks:
+        b = ops.EncoderBlock(*[t.to(x.dtype) if isinstance(t, Tensor) else t for t in b])
+        norm = F.layer_norm(x, x.shape[-1:], b.norm1_weight, b.norm1_bias, b.norm1_eps)
+        q, k, v = F.linear(norm, b.qkv_weight, b.qkv_bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        heads_out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        branch = F.linear(heads_out, b.proj_weight, b.proj_bias)
+        x = x + (branch if b.layer_scale1 is None else b.layer_scale1 * branch)
+        norm = F.layer_norm(x, x.shape[-1:], b.norm2_weight, b.norm2_bias, b.norm2_eps)
+        branch = F.linear(act(F.linear(norm, b.fc1_weight, b.fc1_bias)), b.fc2_weight, b.fc2_bias)
+        x = x + (branch if b.layer_scale2 is None else b.layer_scale2 * branch)
+    return x
+
+
+def check(x: Tensor, blocks: list[ops.EncoderBlock], heads: int, activation: str = "gelu") -> None:
+    exact = eager(x.double(), blocks, heads, activation)
+    assert_close(
+        "tokens", ops.encoder(x, blocks, heads, activation=activation), exact, eager(x, blocks, heads, activation)
+    )
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("place", places("encoder"))
+@pytest.mark.parametrize(
+    ("batch", "tokens", "width", "hidden", "heads"),
+    [
+        (1, 1, 16, 16, 1),
+        (2, 5, 48, 100, 3),
+        (3, 17, 40, 33, 5),
+        (1, 197, 64, 256, 1),
+        (5, 50, 96, 65, 2),
+        (2, 29, 21, 7, 3),
+    ],
+)
+def test_values(place, dtype, batch, tokens, width, hidden, heads):
+    blocks = [block(width, hidden, dtype, seed) for seed in range(3)]
+    with fastvit.backend(place.backend):
+        check(torch.randn(batch, tokens, width).to(dtype), blocks, heads)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu"])
+@pytest.mark.parametrize("absent", [(), ("qkv_bias", "proj_bias", "fc1_bias", "fc2_bias"), ("layer_scale1",)])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_options(dtype, activation, absent):
+    norms = ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias", "layer_scale2") if not absent else ()
+    blocks = [block(64, 96, dtype, 1, **dict.fromkeys(absent)), block(64, 96, dtype, 2, **dict.fromkeys(norms))]
+    check(torch.randn(2, 23, 64).to(dtype), blocks, 2, activation)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_every_instruction_set(isa, dtype):
+    blocks = [block(72, 130, dtype, seed) for seed in range(2)]
+    for batch, tokens in ((1, 61), (3, 33)):
+        check(torch.randn(batch, tokens, 72).to(dtype), blocks, 3)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_depend_neither_on_threads_nor_on_the_batch(dtype, threads):
+    blocks = [block(96, 160, dtype, seed) for seed in range(2)]
+    x = torch.randn(7, 70, 96).to(dtype)
+    threads(1)
+    want = ops.encoder(x, blocks, 3)
+    for count in (1, 2, 3, 5, 8):
+        threads(count)
+        assert torch.equal(ops.encoder(x, blocks, 3), want), count
+        assert torch.equal(torch.cat([ops.encoder(part, blocks, 3) for part in x.split(2)]), want), count
+
+
+@needs_kernel
+def test_float32_has_the_bits_of_the_ops_one_by_one():
+    blocks = [block(96, 160, seed=seed) for seed in range(2)]
+    x = torch.randn(3, 70, 96)
+    want = x
+    for b in blocks:
+        want = ops.encoder(want.requires_grad_(), [b], 3).detach()
+    assert torch.equal(ops.encoder(x.detach(), blocks, 3), want)
+
+
+@needs_kernel
+def test_under_autocast_products_are_bfloat16_and_the_sum_float32():
+    blocks = [block(64, 128, seed=seed) for seed in range(2)]
+    x = torch.randn(2, 40, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, base = ops.encoder(x, blocks, 2), eager(x, blocks, 2)
+    exact = eager(x.double(), blocks, 2)
+    assert got.dtype == torch.float32
+    assert (got - exact).norm() <= 1.5 * (base - exact).norm()
+    assert (got - exact).norm() > 10 * (ops.encoder(x, blocks, 2) - exact).norm()
+
+
+def test_float64_and_gradients_go_one_by_one():
+    b = block(32, 48, torch.float64)
+    x = torch.randn(1, 9, 32, dtype=torch.float64)
+    torch.testing.assert_close(ops.encoder(x, [b], 2), eager(x, [b], 2))
+    leaves = [t.detach().requires_grad_() for t in b[:14]]
+    assert torch.autograd.gradcheck(
+        lambda x, *ts: ops.encoder(x, [ops.EncoderBlock(*ts)], 2), (x.requires_grad_(), *leaves), atol=1e-5
+    )
+
+
+def test_nothing_to_do():
+    assert ops.encoder(torch.randn(0, 5, 16), [block(16, 8)], 2).shape == (0, 5, 16)
+    assert ops.encoder(torch.randn(2, 0, 16), [block(16, 8)], 2).shape == (2, 0, 16)
+    x = torch.randn(2, 3, 16)
+    assert torch.equal(ops.encoder(x, [], 2), x)
+
+
+def test_views():
+    b, x = block(32, 48), torch.randn(4, 9, 64)
+    for view in (x[::2, :, :32], x.transpose(0, 1)[..., 3:35], x[:1, :, :32].expand(3, 9, 32)):
+        assert torch.equal(ops.encoder(view, [b], 2), ops.encoder(view.contiguous(), [b], 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 3}, "num_heads must divide"),
+        ({"x": torch.randn(9, 32)}, "x must be 3-D"),
+        ({"activation": "relu"}, "activation must be"),
+        ({"blocks": [block(32, 48)._replace(proj_weight=None)]}, r"blocks\[0\].proj_weight"),
+        ({"blocks": [block(32, 48)._replace(qkv_weight=torch.randn(95, 32))]}, r"qkv_weight must have shape"),
+        ({"blocks": [block(32, 48)._replace(fc2_bias=torch.randn(32).double())]}, r"fc2_bias must have x's dtype"),
+        ({"blocks": [block(32, 48)._replace(norm2_eps=-1.0)]}, "eps must be"),
+    ],
+)
+def test_bad_calls(change, message):
+    with pytest.raises((TypeError, ValueError), match=f"fastvit.encoder: .*{message}"):
+        ops.encoder(**{"x": torch.randn(2, 9, 32), "blocks": [block(32, 48)], "num_heads": 2, **change})
+
+
+@needs_kernel
+def test_a_direct_call_cannot_leave_its_tensors():
+    native = torch.ops.fastvit_native
+    b = block(32, 48)
+    good = prepack.encoder(list(b[:14]), "float32")
+    x = torch.randn(1, 5, 32)
+    native.encoder(x, good, [1e-6, 1e-6], 2, 0.25, "gelu")
+    other = native.pack_weight(torch.randn(48, 31), "float32")
+    damaged = good[9][:-64].clone()
+    for position, bad in (
+        (2, other),
+        (9, other),
+        (11, good[4]),
+        (4, torch.zeros(500, dtype=torch.uint8)),
+        (9, damaged),
+    ):
+        with pytest.raises(RuntimeError, match="encoder: "):
+            native.encoder(x, [bad if i == position else t for i, t in enumerate(good)], [1e-6] * 2, 2, 0.25, "gelu")
+    for position in (0, 3, 10):
+        short = [t[:-1] if i == position else t for i, t in enumerate(good)]
+        with pytest.raises(RuntimeError, match="encoder: "):
+            native.encoder(x, short, [1e-6] * 2, 2, 0.25, "gelu")
+    mixed = [native.pack_weight(b.fc1_weight, "bfloat16") if i == 9 else t for i, t in enumerate(good)]
+    for parameters, eps in ((good[:-1], [1e-6] * 2), (good, [1e-6]), (mixed, [1e-6] * 2)):
+        with pytest.raises(RuntimeError, match="encoder: "):
+            native.encoder(x, parameters, eps, 2, 0.25, "gelu")
+
+
+# Packed weights
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return fastvit.accelerate(small_timm(init_values=0.1))
+
+
+def logits_of_eager(model: nn.Module, x: Tensor) -> Tensor:
+    return fastvit.restore(copy.deepcopy(model))(x)
+
+
+CHANGES = {
+    "optimizer step": lambda m: torch.optim.SGD(m.parameters(), 0.1).step(),
+    "in place": lambda m: [p.mul_(1.1) for p in m.parameters()],
+    "through .data": lambda m: [p.data.mul_(1.1) for p in m.parameters()],
+    "assigned .data": lambda m: [setattr(p, "data", p.data * 1.1) for p in m.parameters()],
+    "load_state_dict": lambda m: m.load_state_dict({k: v * 1.1 for k, v in m.state_dict().items()}),
+    "assigned state": lambda m: m.load_state_dict({k: v * 1.1 for k, v in m.state_dict().items()}, assign=True),
+    "new parameter": lambda m: setattr(m.blocks[1].mlp.fc1, "weight", nn.Parameter(m.blocks[1].mlp.fc1.weight * 1.1)),
+    "another block": lambda m: m.blocks.__setitem__(1, copy.deepcopy(m.blocks[0])),
+    "vector": lambda m: m.blocks[2].attn.qkv.bias.add_(0.3),
+    "dtype and back": lambda m: m.bfloat16().float(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_parameters_are_packed_again(model, change):
+    x = images()
+    model(x).square().sum().backward()
+    with torch.no_grad():
+        for _ in range(2):
+            before = model(x)
+        CHANGES[change](model)
+        after = model(x)
+        assert not torch.allclose(after, before, atol=1e-4)
+        torch.testing.assert_close(after, logits_of_eager(model, x), atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_parameters_made_in_inference_mode():
+    model = fastvit.accelerate(small_timm())
+    x = images()
+    before = model(x)
+    model.blocks[0].attn.proj.weight.mul_(3)
+    torch.testing.assert_close(model(x), logits_of_eager(model, x), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(model(x), before, atol=1e-4)
+
+
+@needs_kernel
+def test_deep_copies_share_what_is_packed_until_one_changes(model):
+    x = images()
+    with torch.no_grad():
+        model(x)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(x), model(x))
+        both = [*model.parameters(), *twin.parameters()]
+        assert 0 < prepack.bytes_of(both) < 1.05 * prepack.bytes_of(model.parameters())
+        twin.blocks[0].mlp.fc2.weight.neg_()
+        assert not torch.allclose(twin(x), model(x), atol=1e-4)
+        torch.testing.assert_close(twin(x), logits_of_eager(twin, x), atol=1e-4, rtol=1e-4)
+        fastvit.restore(model)
+    assert prepack.bytes_of(model.parameters()) == 0
+
+
+@needs_kernel
+def test_packed_weights_die_with_their_parameters(model):
+    with torch.no_grad():
+        model(images())
+    count = len(prepack._packed)
+    assert count > 10
+    del model
+    gc.collect()
+    assert len(prepack._packed) < count
+
+
+def test_a_packed_model_pickles_and_saves_no_more_than_before(model):
+    with torch.no_grad():
+        size = len(pickle.dumps(model))
+        model(images())
+        assert len(pickle.dumps(model)) == size
+        torch.testing.assert_close(pickle.loads(pickle.dumps(model))(images()), model(images()))
+
+
+def test_many_threads_at_once(model):
+    x = [images(batch, seed=batch) for batch in (1, 2, 3, 5)]
+    with torch.no_grad():
+        want = [logits_of_eager(model, t) for t in x]
+    wrong: list[str] = []
+
+    def work(i: int) -> None:
+        with torch.inference_mode():
+            for _ in range(5):
+                if not torch.allclose(model(x[i]), want[i], atol=1e-4, rtol=1e-4):
+                    wrong.append(f"batch {len(x[i])}")
+
+    workers = [threading.Thread(target=work, args=(i % 4,)) for i in range(12)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_in_one_graph_and_eagerly(dtype):
+    torch._dynamo.reset()
+    plain = small_timm(init_values=0.1).to(dtype)
+    model, x = fastvit.accelerate(copy.deepcopy(plain)), images().to(dtype)
+    with torch.no_grad():
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        assert_close("logits", got, copy.deepcopy(plain).double()(x.double()), plain(x))
+
+
+def test_hooks_on_blocks_fire(model):
+    seen = []
+    handle = model.blocks[1].register_forward_hook(lambda m, a, y: seen.append(y.shape))
+    with torch.no_grad():
+        y = model(images())
+        assert len(seen) == 1
+        handle.remove()
+        torch.testing.assert_close(model(images()), y, atol=1e-4, rtol=1e-4)
+        assert len(seen) == 1
