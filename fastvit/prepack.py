@@ -78,7 +78,9 @@ def _copy(tensor: Tensor, kind: str, make: Any) -> Tensor:
     now = state([tensor])
     entry = _packed.get(tensor)
     if entry is None or entry.state != now:
-        entry = _packed[tensor] = _Packed(now, _twin_copies(tensor))
+        entry = _packed[tensor] = _Packed(now, {})
+    if not entry.copies:
+        entry.copies = _twin_copies(tensor)
     if kind not in entry.copies:
         with torch.no_grad():
             entry.copies[kind] = make()

@@ -47,11 +47,6 @@ FASTVIT_INLINE Vec<accumulator_t<T>> masked(const AttentionArgs<T>& g, const voi
 }
 
 template <class A>
-FASTVIT_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
-  return a > b ? a : b;
-}
-
-template <class A>
 FASTVIT_INLINE Vec<A> hide_beyond(Vec<A> v, int64_t n) {
   for (int64_t i = n; i < kLanes<A>; i++) v[i] = -A(INFINITY);
   return v;

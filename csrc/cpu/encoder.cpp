@@ -36,7 +36,9 @@ Tensor encoder(const Tensor& x, std::vector<Tensor> parameters, std::vector<doub
   if (y.numel() == 0) return y;
   std::vector<BlockArgs> blocks(depth);
   int64_t hidden = 1;
-  Compute compute = Compute::float32;
+  // Attention, and layers that are not int8.
+  Compute compute = Compute::bfloat16;
+  bool int8 = false, found = false;
   for (int64_t b = 0; b < depth; b++) {
     const Tensor* p = parameters.data() + b * kPerBlock;
     BlockArgs& block = blocks[b];
@@ -57,10 +59,15 @@ Tensor encoder(const Tensor& x, std::vector<Tensor> parameters, std::vector<doub
     block.norm1_eps = eps[2 * b];
     block.norm2_eps = eps[2 * b + 1];
     hidden = hidden > block.fc1.weight.n ? hidden : block.fc1.weight.n;
-    if (b == 0) compute = block.qkv.weight.compute;
-    for (const LinearArgs* linear : {&block.qkv, &block.proj, &block.fc1, &block.fc2})
-      FASTVIT_CHECK(linear->weight.compute == compute && compute != Compute::float64, kOp,
-                    ": all layers must be packed for float32, or all for bfloat16");
+    for (const LinearArgs* linear : {&block.qkv, &block.proj, &block.fc1, &block.fc2}) {
+      const Compute its = linear->weight.compute;
+      int8 = int8 || its == Compute::int8;
+      if (its == Compute::int8) continue;
+      FASTVIT_CHECK(its != Compute::float64 && (its == compute || !found), kOp,
+                    ": layers that are not int8 must all be packed for float32, or all for bfloat16");
+      compute = its;
+      found = true;
+    }
   }
   const Activation parsed = parse_activation(activation, kOp);
   dispatch(x, kOp, [&](auto tag) {
@@ -78,6 +85,7 @@ Tensor encoder(const Tensor& x, std::vector<Tensor> parameters, std::vector<doub
       args.hidden = hidden;
       args.scale = scale;
       args.activation = parsed;
+      args.int8 = int8;
       args.x = static_cast<const T*>(x.const_data_ptr());
       args.y = data<T>(y);
       if (compute == Compute::bfloat16)

@@ -30,6 +30,7 @@ struct EncoderArgs {
   int64_t depth = 0, batch = 0, tokens = 0, width = 0, heads = 0, hidden = 0;
   double scale = 1;
   Activation activation = Activation::gelu;
+  bool int8 = false;  // whether any weight is
   const T* x = nullptr;
   T* y = nullptr;
 };

@@ -4,14 +4,17 @@
 #include "cpu/normalise.h"
 #include "cpu/product.h"
 #include "cpu/attention_head.h"
+#include "cpu/quantise.h"
 
 // Whole encoder blocks over a few images, by one thread alone or by all of them. Rows go through a block in groups that
-// fit into a core's cache; only attention needs every row of its image.
+// fit into a core's cache; only attention needs every row of its image. T is what the tokens are stored as, P what is
+// computed with, but for weights of int8.
 template <class T, class P>
 class Encoder {
   using C = compute_t<P>;
   using A = unit_t<C>;
   static constexpr int64_t kLanesA = kLanes<A>;
+  static_assert(sizeof(A) == 4, "int8 products share the memory of the others");
 
  public:
   Encoder(const EncoderArgs<T>& args, int64_t images, int64_t lanes)
@@ -28,115 +31,209 @@ class Encoder {
     splits_ = splits_ < tiles ? splits_ : tiles;
   }
 
-  int64_t steps() const { return 2 + g_.depth * (1 + 6 * groups_ / wave_); }
+  int64_t steps() const { return 2 + g_.depth * (1 + 8 * groups_ / wave_); }
   int64_t group_size() const { return (rows_ + groups_ - 1) / groups_; }
 
   // Bytes that the lanes share, and that each has for itself.
   int64_t shared_bytes() const {
-    return aligned(rows_ * g_.width * sizeof(float)) + aligned(rows_ * 2 * sizeof(int64_t)) +
-           aligned(rows_ * row_units<C>(g_.width) * sizeof(A)) + aligned(rows_ * 3 * g_.width * sizeof(P)) +
-           aligned(wave_ * group_size() * row_units<C>(g_.hidden) * sizeof(A));
+    Encoder sized = *this;
+    return sized.place(nullptr, nullptr);
   }
   int64_t lane_bytes() const {
-    return aligned(sums_size<C>(group_size()) * sizeof(A)) + aligned(head_.size() * sizeof(A));
+    return aligned(sums_size<C>(group_size()) * sizeof(A)) + aligned(head_.size() * sizeof(A)) +
+           aligned(g_.width * sizeof(float));
   }
 
-  void place(char* shared, char* lanes) {
-    const auto take = [](char*& p, int64_t bytes) { return std::exchange(p, p + aligned(bytes)); };
-    stream_ = reinterpret_cast<float*>(take(shared, rows_ * g_.width * sizeof(float)));
-    places_ = reinterpret_cast<int64_t*>(take(shared, rows_ * 2 * sizeof(int64_t)));
-    lines_ = reinterpret_cast<A*>(take(shared, rows_ * row_units<C>(g_.width) * sizeof(A)));
-    qkv_ = reinterpret_cast<P*>(take(shared, rows_ * 3 * g_.width * sizeof(P)));
-    hidden_ = reinterpret_cast<A*>(shared);
+  // Lays the buffers out from `shared` on and answers their bytes.
+  int64_t place(char* shared, char* lanes) {
+    int64_t used = 0;
+    const auto take = [&](auto*& p, int64_t count) {
+      p = shared ? reinterpret_cast<std::remove_reference_t<decltype(p)>>(shared + used) : nullptr;
+      used += aligned(count * sizeof(*p));
+    };
+    const int64_t hidden_rows = wave_ * group_size();
+    take(stream_, rows_ * g_.width);
+    take(places_, rows_);
+    take(lines_, rows_ * row_units<C>(g_.width));
+    take(qkv_, rows_ * 3 * g_.width);
+    take(hidden_, hidden_rows * row_units<C>(g_.hidden));
+    if (g_.int8) {
+      take(ranges_, rows_);
+      take(hidden_ranges_, hidden_rows);
+      take(bytes_, rows_ * row_units<int8_t>(g_.width));
+      take(hidden_bytes_, hidden_rows * row_units<int8_t>(g_.hidden));
+      take(attended_, rows_ * g_.width);
+      take(activated_, hidden_rows * g_.hidden);
+    }
     lane_memory_ = lanes;
+    return used;
   }
 
   void run(Team::Worker& worker, int64_t image) {
-    const int64_t count = rows_ * g_.width, first = image * g_.tokens * g_.width;
-    A* const sums = reinterpret_cast<A*>(lane_memory_ + (lanes_ > 1 ? worker.lane() * lane_bytes() : 0));
-    HeadBuffers<P> head = head_;
-    head.place(sums + aligned(sums_size<C>(group_size()) * sizeof(A)) / sizeof(A));
+    const int64_t first = image * g_.tokens * g_.width;
+    char* memory = lane_memory_ + (lanes_ > 1 ? worker.lane() * lane_bytes() : 0);
+    const auto take = [&](int64_t bytes) {
+      return reinterpret_cast<A*>(std::exchange(memory, memory + aligned(bytes)));
+    };
+    sums_ = take(sums_size<C>(group_size()) * sizeof(A));
+    head_.place(take(head_.size() * sizeof(A)));
+    row_ = reinterpret_cast<float*>(memory);
     worker.each(groups_, [&](int64_t group) {
       const int64_t begin = begin_of(group), end = begin_of(group + 1);
       const Tiles tiles(end - begin);
-      for (int64_t i = begin * g_.width; i < end * g_.width; i += kLanes<float>)
-        store(stream_ + i, load(g_.x + first + i, end * g_.width - i), end * g_.width - i);
+      copy(g_.x + first, stream_, begin * g_.width, end * g_.width);
       for (int64_t t = 0; t < tiles.count; t++)
-        for (int64_t i = 0; i < tiles.height(t); i++) {
-          places_[2 * (begin + tiles.begin(t) + i)] = (begin + tiles.begin(t)) * row_units<C>(g_.width) + i * kLanesA;
-          places_[2 * (begin + tiles.begin(t) + i) + 1] = tiles.height(t) * kLanesA;
-        }
+        for (int64_t i = 0; i < tiles.height(t); i++)
+          places_[begin + tiles.begin(t) + i] = {begin + tiles.begin(t), i, tiles.height(t)};
     });
     for (int64_t b = 0; b < g_.depth; b++) {
       const BlockArgs& block = g_.blocks[b];
       for (int64_t wave = 0; wave < groups_; wave += wave_) {
-        normalise(worker, wave, block.norm1_weight, block.norm1_bias, block.norm1_eps);
-        project_qkv(worker, wave, block.qkv, sums);
+        normalise(worker, wave, block.norm1_weight, block.norm1_bias, block.norm1_eps, block.qkv);
+        project_qkv(worker, wave, block.qkv);
       }
-      attend_heads(worker, head);
+      attend_heads(worker, is_int8(block.proj));
       for (int64_t wave = 0; wave < groups_; wave += wave_) {
-        add_product(worker, wave, block.proj, lines_, false, sums);
-        normalise(worker, wave, block.norm2_weight, block.norm2_bias, block.norm2_eps);
-        activate_hidden(worker, wave, block.fc1, sums);
-        add_product(worker, wave, block.fc2, hidden_, true, sums);
+        if (is_int8(block.proj)) quantise(worker, wave, attended_, g_.width, ranges_, bytes_, false);
+        add_product(worker, wave, block.proj, false);
+        normalise(worker, wave, block.norm2_weight, block.norm2_bias, block.norm2_eps, block.fc1);
+        activate_hidden(worker, wave, block.fc1, is_int8(block.fc2));
+        if (is_int8(block.fc2))
+          quantise(worker, wave, activated_, block.fc2.weight.k, hidden_ranges_, hidden_bytes_, true);
+        add_product(worker, wave, block.fc2, true);
       }
     }
     worker.each(groups_, [&](int64_t group) {
-      for (int64_t i = begin_of(group) * g_.width; i < begin_of(group + 1) * g_.width; i += kLanes<float>)
-        store(g_.y + first + i, load(stream_ + i), count - i);
+      copy(stream_, g_.y + first, begin_of(group) * g_.width, begin_of(group + 1) * g_.width);
     });
   }
 
  private:
-  // A vector of n numbers from `first` on.
-  static Vec<A> load_at(const float* p, int64_t first, int64_t n) {
-    return first < n ? load(p + first, n - first) : Vec<A>{};
-  }
+  // Where a row lies among the lines of all rows.
+  struct Place {
+    int64_t tile, row, height;  // the tile's first row, the row within it, the tile's rows
+    template <class L>
+    int64_t units(int64_t k) const {
+      return tile * row_units<L>(k) + row * kLanesA;
+    }
+    int64_t step() const { return height * kLanesA; }
+  };
+
   static int64_t aligned(int64_t bytes) { return (bytes + 127) / 64 * 64; }
+  static bool is_int8(const LinearArgs& linear) { return linear.weight.compute == Compute::int8; }
+  // A vector of n numbers from `first` on.
+  static Vec<float> load_at(const float* p, int64_t first, int64_t n) {
+    return first < n ? load(p + first, n - first) : Vec<float>{};
+  }
+  template <class From, class To>
+  static void copy(const From* from, To* to, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kLanes<float>) store(to + i, load(from + i, end - i), end - i);
+  }
   int64_t begin_of(int64_t group) const { return rows_ * group / groups_; }
   Tiles tiles_of(int64_t group) const { return Tiles(begin_of(group + 1) - begin_of(group)); }
+  // The first row of a group in the buffers that hold one wave.
+  int64_t wave_row(int64_t group, int64_t wave) const { return (group - wave) * group_size(); }
 
-  void normalise(Team::Worker& worker, int64_t wave, const float* weight, const float* bias, double eps) {
-    const int64_t begin = begin_of(wave), end = begin_of(wave + wave_);
+  // f(group, row) for every row of a wave.
+  template <class F>
+  void each_row(Team::Worker& worker, int64_t wave, const F& f) {
     constexpr int64_t kRows = 4;
-    worker.each((end - begin + kRows - 1) / kRows, [&](int64_t item) {
-      for (int64_t row = begin + item * kRows; row < end && row < begin + (item + 1) * kRows; row++) {
-        const Normaliser<float> normal(stream_ + row * g_.width, g_.width, eps, weight, bias);
-        put_row<C>(lines_ + places_[2 * row], places_[2 * row + 1], g_.width, [&](int64_t i) { return normal(i); });
+    const int64_t chunks = (group_size() + kRows - 1) / kRows;
+    worker.each(wave_ * chunks, [&](int64_t item) {
+      const int64_t group = wave + item / chunks, begin = begin_of(group) + item % chunks * kRows;
+      for (int64_t row = begin; row < begin + kRows && row < begin_of(group + 1); row++) f(group, row);
+    });
+  }
+
+  void normalise(Team::Worker& worker, int64_t wave, const float* weight, const float* bias, double eps,
+                 const LinearArgs& next) {
+    each_row(worker, wave, [&](int64_t, int64_t row) {
+      const Normaliser<float> normal(stream_ + row * g_.width, g_.width, eps, weight, bias);
+      const Place& place = places_[row];
+      if (is_int8(next)) {
+        for (int64_t i = 0; i < g_.width; i += kLanes<float>) store(row_ + i, normal(i), g_.width - i);
+        ranges_[row] = quantise_row(row_, g_.width, bytes_ + place.template units<int8_t>(g_.width), place.step());
+      } else {
+        put_row<C>(lines_ + place.template units<C>(g_.width), place.step(), g_.width,
+                   [&](int64_t i) { return normal(i); });
       }
     });
   }
 
-  // f(group, tiles, tile, column, sums, bias) for every tile of a wave and every panel of a weight.
-  template <class F>
-  void multiply(Team::Worker& worker, int64_t wave, const LinearArgs& linear, const A* lines, bool by_wave, A* sums,
-                const F& f) {
-    const PackedWeight& w = linear.weight;
-    const int64_t panels = panels_of<C>(w.n), size = units_of<C>(w.k) * kPanel<C>;
-    worker.each(wave_ * panels, [&](int64_t item) {
-      const int64_t group = wave + item / panels, p = item % panels;
-      const Tiles tiles = tiles_of(group);
-      const A* mine = lines + (by_wave ? item / panels * group_size() : begin_of(group)) * row_units<C>(w.k);
-      Vec<A> bias[kPanelVectors] = {};
-      for (int j = 0; j < kPanelVectors && linear.bias; j++)
-        bias[j] = load_at(linear.bias, p * kPanel<C> + j * kLanesA, w.n);
-      multiply_panel(Lines<C>{mine, tiles, w.k}, static_cast<const A*>(w.panels) + p * size, p * kPanel<C>, w.n, sums,
-                     [&](int64_t t, int64_t column, const A* values) { f(group, tiles, t, column, values, bias); });
+  template <class S>
+  void quantise(Team::Worker& worker, int64_t wave, const S* source, int64_t k, RowRange* ranges, int32_t* bytes,
+                bool by_wave) {
+    each_row(worker, wave, [&](int64_t group, int64_t row) {
+      const int64_t offset = by_wave ? wave_row(group, wave) - begin_of(group) : 0;
+      Place place = places_[row];
+      place.tile += offset;
+      ranges[row + offset] =
+          quantise_row(source + (row + offset) * k, k, bytes + place.template units<int8_t>(k), place.step());
     });
   }
 
-  void project_qkv(Team::Worker& worker, int64_t wave, const LinearArgs& linear, A* sums) {
+  // f(group, tiles, tile, column, number) for every tile of a wave and every panel of a weight; number(i, j) is vector
+  // j of row i of the tile, bias included.
+  template <class F>
+  void multiply(Team::Worker& worker, int64_t wave, const LinearArgs& linear, bool by_wave, const F& f) {
+    const PackedWeight& w = linear.weight;
+    if (is_int8(linear))
+      each_panel<int8_t>(worker, wave, linear, by_wave ? hidden_bytes_ : bytes_, by_wave,
+                         [&](int64_t group, const Tiles& tiles, int64_t t, int64_t column, const int32_t* values,
+                             const Vec<float>* bias) {
+                           const int64_t first = (by_wave ? wave_row(group, wave) : begin_of(group)) + tiles.begin(t);
+                           const RowRange* range = (by_wave ? hidden_ranges_ : ranges_) + first;
+                           Vec<float> step[kPanelVectors], sum[kPanelVectors];
+                           for (int j = 0; j < kPanelVectors; j++) {
+                             step[j] = load_at(w.step, column + j * kLanesA, w.n);
+                             sum[j] = load_at(w.sum, column + j * kLanesA, w.n);
+                           }
+                           f(group, tiles, t, column, [&](int64_t i, int j) {
+                             const VecI exact = load(values + i * kPanel<int8_t> + j * kLanesA);
+                             return __builtin_convertvector(exact, Vec<float>) * (step[j] * range[i].step) +
+                                    (sum[j] * range[i].low + bias[j]);
+                           });
+                         });
+    else
+      each_panel<C>(
+          worker, wave, linear, by_wave ? hidden_ : lines_, by_wave,
+          [&](int64_t group, const Tiles& tiles, int64_t t, int64_t column, const A* values, const Vec<float>* bias) {
+            f(group, tiles, t, column,
+              [&](int64_t i, int j) { return load(values + i * kPanel<C> + j * kLanesA) + bias[j]; });
+          });
+  }
+
+  template <class L, class F>
+  void each_panel(Team::Worker& worker, int64_t wave, const LinearArgs& linear, const unit_t<L>* lines, bool by_wave,
+                  const F& f) {
+    const PackedWeight& w = linear.weight;
+    const int64_t panels = panels_of<L>(w.n), size = units_of<L>(w.k) * kPanel<L>;
+    worker.each(wave_ * panels, [&](int64_t item) {
+      const int64_t group = wave + item / panels, p = item % panels;
+      const Tiles tiles = tiles_of(group);
+      const unit_t<L>* mine = lines + (by_wave ? wave_row(group, wave) : begin_of(group)) * row_units<L>(w.k);
+      Vec<float> bias[kPanelVectors] = {};
+      for (int j = 0; j < kPanelVectors && linear.bias; j++)
+        bias[j] = load_at(linear.bias, p * kPanel<L> + j * kLanesA, w.n);
+      multiply_panel(Lines<L>{mine, tiles, w.k}, static_cast<const unit_t<L>*>(w.panels) + p * size, p * kPanel<L>, w.n,
+                     reinterpret_cast<unit_t<L>*>(sums_), [&](int64_t t, int64_t column, const unit_t<L>* values) {
+                       f(group, tiles, t, column, values, bias);
+                     });
+    });
+  }
+
+  void project_qkv(Team::Worker& worker, int64_t wave, const LinearArgs& linear) {
     const int64_t n = linear.weight.n;
-    multiply(worker, wave, linear, lines_, false, sums,
-             [&](int64_t group, const Tiles& tiles, int64_t t, int64_t column, const A* values, const Vec<A>* bias) {
+    multiply(worker, wave, linear, false,
+             [&](int64_t group, const Tiles& tiles, int64_t t, int64_t column, const auto& number) {
                P* out = qkv_ + (begin_of(group) + tiles.begin(t)) * n + column;
-               for (int64_t i = tiles.height(t); i > 0; i--, out += n, values += kPanel<C>)
+               for (int64_t i = 0; i < tiles.height(t); i++, out += n)
                  for (int j = 0; j < kPanelVectors && column + j * kLanesA < n; j++)
-                   store(out + j * kLanesA, load(values + j * kLanesA) + bias[j], n - column - j * kLanesA);
+                   store(out + j * kLanesA, number(i, j), n - column - j * kLanesA);
              });
   }
 
-  void attend_heads(Team::Worker& worker, HeadBuffers<P>& buffers) {
+  void attend_heads(Team::Worker& worker, bool to_int8) {
     const int64_t head_dim = g_.width / g_.heads, row = 3 * g_.width;
     AttentionArgs<P> a;
     a.batch = images_;
@@ -156,43 +253,51 @@ class Encoder {
     int64_t packed = -1;
     worker.each(images_ * g_.heads * splits_, [&](int64_t item) {
       const int64_t pair = item / splits_, split = item % splits_, image = pair / g_.heads, h = pair % g_.heads;
-      if (pair != packed) pack_head(a, buffers, image, h);
+      if (pair != packed) pack_head(a, head_, image, h);
       packed = pair;
       for (int64_t t = tiles.count * split / splits_; t < tiles.count * (split + 1) / splits_; t++)
-        attend(a, buffers, image, h, tiles.begin(t), tiles.height(t), [&](int64_t query, int64_t e, Vec<A> v) {
-          const int64_t* place = places_ + 2 * (image * g_.tokens + query);
-          put_run<C>(lines_ + place[0], place[1], h * head_dim + e, head_dim - e, v);
+        attend(a, head_, image, h, tiles.begin(t), tiles.height(t), [&](int64_t query, int64_t e, Vec<A> v) {
+          const int64_t at = image * g_.tokens + query, column = h * head_dim + e;
+          if (to_int8)
+            store(attended_ + at * g_.width + column, v, head_dim - e);
+          else
+            put_run<C>(lines_ + places_[at].template units<C>(g_.width), places_[at].step(), column, head_dim - e, v);
         });
     });
   }
 
-  void activate_hidden(Team::Worker& worker, int64_t wave, const LinearArgs& linear, A* sums) {
+  void activate_hidden(Team::Worker& worker, int64_t wave, const LinearArgs& linear, bool to_int8) {
     const Activation activation = g_.activation;
     const int64_t n = linear.weight.n;
-    multiply(worker, wave, linear, lines_, false, sums,
-             [&](int64_t group, const Tiles& tiles, int64_t t, int64_t column, const A* values, const Vec<A>* bias) {
-               A* const lines = hidden_ + (group - wave) * group_size() * row_units<C>(n);
-               put_panel<C>(lines, tiles, t, column, n, [&](int64_t i, Vec<A>* v) {
-                 for (int j = 0; j < kPanelVectors; j++)
-                   v[j] = Rounded<C>::activate(load(values + i * kPanel<C> + j * kLanesA) + bias[j], activation);
-               });
+    multiply(worker, wave, linear, false,
+             [&](int64_t group, const Tiles& tiles, int64_t t, int64_t column, const auto& number) {
+               const int64_t first = wave_row(group, wave);
+               if (to_int8) {
+                 P* out = activated_ + (first + tiles.begin(t)) * n + column;
+                 for (int64_t i = 0; i < tiles.height(t); i++, out += n)
+                   for (int j = 0; j < kPanelVectors && column + j * kLanesA < n; j++)
+                     store(out + j * kLanesA, Rounded<C>::activate(number(i, j), activation), n - column - j * kLanesA);
+               } else {
+                 put_panel<C>(hidden_ + first * row_units<C>(n), tiles, t, column, n, [&](int64_t i, Vec<A>* v) {
+                   for (int j = 0; j < kPanelVectors; j++) v[j] = Rounded<C>::activate(number(i, j), activation);
+                 });
+               }
              });
   }
 
-  void add_product(Team::Worker& worker, int64_t wave, const LinearArgs& linear, const A* lines, bool by_wave,
-                   A* sums) {
+  void add_product(Team::Worker& worker, int64_t wave, const LinearArgs& linear, bool by_wave) {
     const int64_t n = linear.weight.n;
-    multiply(worker, wave, linear, lines, by_wave, sums,
-             [&](int64_t group, const Tiles& tiles, int64_t t, int64_t column, const A* values, const Vec<A>* bias) {
-               float* out = stream_ + (begin_of(group) + tiles.begin(t)) * g_.width + column;
-               Vec<A> scale[kPanelVectors];
+    multiply(worker, wave, linear, by_wave,
+             [&](int64_t group, const Tiles& tiles, int64_t t, int64_t column, const auto& number) {
+               float* out = stream_ + (begin_of(group) + tiles.begin(t)) * n + column;
+               Vec<float> scale[kPanelVectors];
                for (int j = 0; j < kPanelVectors; j++)
-                 scale[j] = linear.layer_scale ? load_at(linear.layer_scale, column + j * kLanesA, n) : Vec<A>{} + 1.0f;
-               for (int64_t i = tiles.height(t); i > 0; i--, out += g_.width, values += kPanel<C>)
+                 scale[j] =
+                     linear.layer_scale ? load_at(linear.layer_scale, column + j * kLanesA, n) : Vec<float>{} + 1.0f;
+               for (int64_t i = 0; i < tiles.height(t); i++, out += n)
                  for (int j = 0; j < kPanelVectors && column + j * kLanesA < n; j++) {
                    const int64_t left = n - column - j * kLanesA;
-                   const Vec<A> branch = (load(values + j * kLanesA) + bias[j]) * scale[j];
-                   store(out + j * kLanesA, branch + load(out + j * kLanesA, left), left);
+                   store(out + j * kLanesA, number(i, j) * scale[j] + load(out + j * kLanesA, left), left);
                  }
              });
   }
@@ -200,12 +305,20 @@ class Encoder {
   const EncoderArgs<T>& g_;
   int64_t rows_, images_, lanes_, limit_, wave_, groups_, splits_;
   HeadBuffers<P> head_;
+  // Of all rows, or, those called hidden, of a wave's.
   float* stream_ = nullptr;
-  int64_t* places_ = nullptr;  // of each row among the lines: where it begins, and the step to its next line
-  A* lines_ = nullptr;
+  Place* places_ = nullptr;
+  A *lines_ = nullptr, *hidden_ = nullptr;
   P* qkv_ = nullptr;
-  A* hidden_ = nullptr;
+  // For int8: rows before they are quantised, and behind that.
+  float* attended_ = nullptr;
+  P* activated_ = nullptr;
+  int32_t *bytes_ = nullptr, *hidden_bytes_ = nullptr;
+  RowRange *ranges_ = nullptr, *hidden_ranges_ = nullptr;
+  // A lane's own.
   char* lane_memory_ = nullptr;
+  A* sums_ = nullptr;
+  float* row_ = nullptr;
 };
 
 template <class T, class P>

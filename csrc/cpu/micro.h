@@ -58,6 +58,42 @@ struct Units<bfloat16> {
 };
 #endif
 
+// Four unsigned bytes of a row times four signed ones of a weight; sums are exact.
+template <>
+struct Units<int8_t> {
+  using A = int32_t;
+  static constexpr int kPerUnit = 4;
+  // Signed bytes as they are.
+  FASTVIT_INLINE static VecI from(const int8_t* p, int64_t n) {
+    if (n >= static_cast<int64_t>(sizeof(VecI))) return load_bits<VecI>(p);
+    int8_t buffer[sizeof(VecI)] = {};
+    std::memcpy(buffer, p, n);
+    return load_bits<VecI>(buffer);
+  }
+  FASTVIT_INLINE static VecI multiply_add(int32_t a, VecI b, VecI sum) {
+#if FASTVIT_ISA >= FASTVIT_ISA_AVX512_BF16
+    // The intrinsic makes GCC 12 spill accumulators.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(a)), "v"(b));
+    return sum;
+#elif FASTVIT_ISA >= FASTVIT_ISA_AVX2
+    // Bytes as 16-bit numbers, even and odd ones apart, since the instruction for bytes saturates.
+    const int32_t even = a & 0x00ff00ff, odd = (a >> 8) & 0x00ff00ff;
+#if FASTVIT_ISA >= FASTVIT_ISA_AVX512
+    const __m512i low = _mm512_srai_epi16(_mm512_slli_epi16((__m512i)b, 8), 8), high = _mm512_srai_epi16((__m512i)b, 8);
+    return sum + (VecI)_mm512_madd_epi16(low, _mm512_set1_epi32(even)) +
+           (VecI)_mm512_madd_epi16(high, _mm512_set1_epi32(odd));
+#else
+    const __m256i low = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)b, 8), 8), high = _mm256_srai_epi16((__m256i)b, 8);
+    return sum + (VecI)_mm256_madd_epi16(low, _mm256_set1_epi32(even)) +
+           (VecI)_mm256_madd_epi16(high, _mm256_set1_epi32(odd));
+#endif
+#else
+    for (int j = 0; j < 4; j++) sum += (b << (24 - 8 * j) >> 24) * ((a >> (8 * j)) & 255);
+    return sum;
+#endif
+  }
+};
+
 template <class C>
 using unit_t = typename Units<C>::A;
 

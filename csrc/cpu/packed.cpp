@@ -19,7 +19,8 @@ Compute parse_compute(const std::string& name) {
   if (name == "float32") return Compute::float32;
   if (name == "bfloat16") return Compute::bfloat16;
   if (name == "float64") return Compute::float64;
-  FASTVIT_CHECK(false, kOp, ": compute must be float32, bfloat16 or float64, got ", name);
+  if (name == "int8") return Compute::int8;
+  FASTVIT_CHECK(false, kOp, ": compute must be float32, bfloat16, float64 or int8, got ", name);
   return Compute::float32;
 }
 
@@ -29,9 +30,21 @@ int64_t panel_bytes(Compute compute, int64_t n, int64_t k) {
       return FASTVIT_SELECT(packed_bytes<bfloat16>)(n, k);
     case Compute::float64:
       return FASTVIT_SELECT(packed_bytes<double>)(n, k);
+    case Compute::int8:
+      return FASTVIT_SELECT(packed_int8_bytes)(n, k);
     default:
       return FASTVIT_SELECT(packed_bytes<float>)(n, k);
   }
+}
+
+template <class T>
+void pack_int8(const Rows<T>& w, int64_t n, int64_t k, const PackedHeader& header, char* base) {
+  float* const step = reinterpret_cast<float*>(base + sizeof(header));
+  float* const sum = reinterpret_cast<float*>(base + sizeof(header) + header.vector_bytes());
+  std::memset(step, 0, 2 * header.vector_bytes());
+  const Scratch bytes(n * k);
+  FASTVIT_SELECT(quantise_weight<T>)(w.data, w.stride, n, k, bytes.as<int8_t>(), step, sum);
+  FASTVIT_SELECT(pack_bytes)(bytes.as<int8_t>(), n, k, base + header.panels());
 }
 
 Tensor pack_weight(const Tensor& weight, const std::string& compute_name) {
@@ -42,18 +55,21 @@ Tensor pack_weight(const Tensor& weight, const std::string& compute_name) {
   const int64_t n = weight.size(0), k = weight.size(1);
   const PackedHeader header{PackedHeader::kMagic, static_cast<int64_t>(active_isa()), static_cast<int64_t>(compute), n,
                             k};
-  Tensor packed = empty(weight, {static_cast<int64_t>(sizeof(header)) + panel_bytes(compute, n, k)}, ScalarType::Byte);
+  Tensor packed = empty(weight, {header.panels() + panel_bytes(compute, n, k)}, ScalarType::Byte);
   char* const base = static_cast<char*>(packed.mutable_data_ptr());
   std::memcpy(base, &header, sizeof(header));
   dispatch(weight, kOp, [&](auto tag) {
     using T = decltype(tag);
     const Rows<T> w = rows<T>(weight, n, k, weight, kOp, "weight");
+    char* const panels = base + header.panels();
     if constexpr (std::is_same_v<T, double>)
-      FASTVIT_SELECT(pack_panels<double, double>)(w.data, w.stride, n, k, base + sizeof(header));
+      FASTVIT_SELECT(pack_panels<double, double>)(w.data, w.stride, n, k, panels);
+    else if (compute == Compute::int8)
+      pack_int8(w, n, k, header, base);
     else if (compute == Compute::bfloat16)
-      FASTVIT_SELECT(pack_panels<bfloat16, T>)(w.data, w.stride, n, k, base + sizeof(header));
+      FASTVIT_SELECT(pack_panels<bfloat16, T>)(w.data, w.stride, n, k, panels);
     else
-      FASTVIT_SELECT(pack_panels<float, T>)(w.data, w.stride, n, k, base + sizeof(header));
+      FASTVIT_SELECT(pack_panels<float, T>)(w.data, w.stride, n, k, panels);
   });
   return packed;
 }
@@ -77,9 +93,12 @@ PackedWeight packed_weight(const Tensor& t, int64_t n, int64_t k, const char* op
   view.n = n;
   view.k = k;
   view.compute = static_cast<Compute>(header.compute);
-  FASTVIT_CHECK(t.numel() == static_cast<int64_t>(sizeof(header)) + panel_bytes(view.compute, n, k), op, ": ", name,
-                " is damaged");
-  view.panels = base + sizeof(header);
+  FASTVIT_CHECK(t.numel() == header.panels() + panel_bytes(view.compute, n, k), op, ": ", name, " is damaged");
+  if (view.compute == Compute::int8) {
+    view.step = reinterpret_cast<const float*>(base + sizeof(header));
+    view.sum = reinterpret_cast<const float*>(base + sizeof(header) + header.vector_bytes());
+  }
+  view.panels = base + header.panels();
   return view;
 }
 

@@ -7,19 +7,26 @@
 namespace fastvit {
 
 // What a linear layer's weight is multiplied as.
-enum class Compute : int64_t { float32, bfloat16, float64 };
+enum class Compute : int64_t { float32, bfloat16, float64, int8 };
 
-// A linear layer's weight as the kernels read it, in one uint8 tensor: this header, then the panels. It holds for one
-// instruction set.
+// A linear layer's weight as the kernels read it, in one uint8 tensor: this header, for int8 two vectors of N padded to
+// 64, then the panels. It holds for one instruction set.
 struct PackedHeader {
   static constexpr int64_t kMagic = 0x7669747061636b31;
   int64_t magic, isa, compute, n, k, reserved[3];
+
+  int64_t vector_bytes() const {
+    return static_cast<Compute>(compute) == Compute::int8 ? (n + 63) / 64 * 64 * sizeof(float) : 0;
+  }
+  int64_t panels() const { return sizeof(PackedHeader) + 2 * vector_bytes(); }
 };
 static_assert(sizeof(PackedHeader) == 64);
 
 struct PackedWeight {
   int64_t n = 0, k = 0;
   Compute compute = Compute::float32;
+  const float* step = nullptr;  // int8: of each row, weight = step * byte
+  const float* sum = nullptr;   // int8: of each row, the sum of its weights
   const void* panels = nullptr;
 };
 

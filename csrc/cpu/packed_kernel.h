@@ -18,6 +18,42 @@ void pack_panels(const T* weight, int64_t stride, int64_t n, int64_t k, void* pa
   });
 }
 
+// Rows of a weight as signed bytes, each row with a step of its own.
+template <class T>
+void quantise_weight(const T* weight, int64_t stride, int64_t n, int64_t k, int8_t* bytes, float* step, float* sum) {
+  parallel_for(n, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      const T* w = weight + row * stride;
+      int8_t* out = bytes + row * k;
+      Vec<float> most{};
+      for (int64_t i = 0; i < k; i += kLanes<float>) {
+        const Vec<float> v = load(w + i, k - i);
+        most = larger<float>(larger<float>(v, -v), most);
+      }
+      const float size = max_of<float>(most) / 127.0f, inverse = size > 0.0f ? 1.0f / size : 0.0f;
+      int64_t total = 0;
+      for (int64_t i = 0; i < k; i += kLanes<float>) {
+        const Vec<float> v = load(w + i, k - i) * inverse;
+        for (int64_t j = 0; j < kLanes<float> && i + j < k; j++)
+          total += out[i + j] = static_cast<int8_t>(static_cast<int32_t>(v[j] + (v[j] < 0 ? -0.5f : 0.5f)));
+      }
+      step[row] = size;
+      sum[row] = size * static_cast<float>(total);
+    }
+  });
+}
+
+// The panels of a weight that is bytes already.
+inline void pack_bytes(const int8_t* bytes, int64_t n, int64_t k, void* panels) {
+  const int64_t size = units_of<int8_t>(k) * kPanel<int8_t>;
+  parallel_for(panels_of<int8_t>(n), 65536 / (size + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++)
+      pack_panel<int8_t>(bytes, k, p * kPanel<int8_t>, n, k, static_cast<int32_t*>(panels) + p * size);
+  });
+}
+
+inline int64_t packed_int8_bytes(int64_t n, int64_t k) { return panels_bytes<int8_t>(n, k); }
+
 template <class P>
 int64_t packed_bytes(int64_t n, int64_t k) {
   return panels_bytes<compute_t<P>>(n, k);

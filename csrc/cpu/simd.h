@@ -24,12 +24,17 @@ struct VecOf<double> {
   typedef double type __attribute__((vector_size(FASTVIT_VECTOR_BYTES)));
 };
 
+template <>
+struct VecOf<int32_t> {
+  typedef int32_t type __attribute__((vector_size(FASTVIT_VECTOR_BYTES)));
+};
+
 template <class A>
 using Vec = typename VecOf<A>::type;
 template <class A>
 constexpr int kLanes = FASTVIT_VECTOR_BYTES / static_cast<int>(sizeof(A));
 
-typedef int32_t VecI __attribute__((vector_size(FASTVIT_VECTOR_BYTES)));
+using VecI = Vec<int32_t>;
 typedef uint32_t VecU __attribute__((vector_size(FASTVIT_VECTOR_BYTES)));
 typedef uint16_t VecU16 __attribute__((vector_size(FASTVIT_VECTOR_BYTES / 2)));
 
@@ -55,11 +60,13 @@ FASTVIT_INLINE Vec<A> broadcast(A value) {
 
 FASTVIT_INLINE Vec<float> load(const float* p) { return load_bits<Vec<float>>(p); }
 FASTVIT_INLINE Vec<double> load(const double* p) { return load_bits<Vec<double>>(p); }
+FASTVIT_INLINE Vec<int32_t> load(const int32_t* p) { return load_bits<Vec<int32_t>>(p); }
 FASTVIT_INLINE Vec<float> load(const bfloat16* p) {
   return bit_cast<Vec<float>>(__builtin_convertvector(load_bits<VecU16>(p), VecU) << 16);
 }
 
 FASTVIT_INLINE void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof(v)); }
+FASTVIT_INLINE void store(int32_t* p, Vec<int32_t> v) { std::memcpy(p, &v, sizeof(v)); }
 FASTVIT_INLINE void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof(v)); }
 FASTVIT_INLINE void store(bfloat16* p, Vec<float> v) {
 #if FASTVIT_ISA >= FASTVIT_ISA_AVX512_BF16
@@ -151,6 +158,24 @@ FASTVIT_INLINE A max_of(Vec<A> v) {
   for (int width = kLanes<A> / 2; width > 0; width /= 2)
     for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
   return lanes[0];
+}
+
+// Numbers in [0, 255], rounded to nearest even, as bytes; others saturate.
+FASTVIT_INLINE void store_bytes(uint8_t* p, Vec<float> v) {
+#if FASTVIT_ISA >= FASTVIT_ISA_AVX512
+  const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(_mm512_cvtps_epi32(v), _mm512_setzero_si512()));
+  std::memcpy(p, &bytes, sizeof(bytes));
+#else
+  v = v > 0.0f ? v : Vec<float>{};
+  v = v < 255.0f ? v : Vec<float>{} + 255.0f;
+  const VecI rounded = bit_cast<VecI>(v + 12582912.0f) - 0x4b400000;
+  for (int i = 0; i < kLanes<float>; i++) p[i] = static_cast<uint8_t>(rounded[i]);
+#endif
+}
+
+template <class A>
+FASTVIT_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
+  return a > b ? a : b;
 }
 
 // a * b + c with a single rounding where the hardware has it.
