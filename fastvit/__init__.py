@@ -6,6 +6,7 @@ from .config import PRESETS, ViTConfig
 from .drop_in import accelerate, accelerated, report, restore
 from .model import VisionTransformer, create_model, list_models
 from .ops import why_not
+from .quantization import quantize
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "is_available",
     "list_models",
     "ops",
+    "quantize",
     "report",
     "restore",
     "why_not",

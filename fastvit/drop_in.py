@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from . import backends, layers, ops, prepack
-from .fused import BLOCK_OPS, MARK, has_hooks
+from .fused import BLOCK_OPS, INT8, MARK, has_hooks
 from .integrations import ADAPTERS, Options, Plan
 from .settings import SETTINGS
 
@@ -142,6 +142,7 @@ def restore(model: Model) -> Model:
     for module in model.modules():
         if module.__dict__.pop(MARK, None) is not None:
             del module.__dict__["forward"]
+        module.__dict__.pop(INT8, None)
     prepack.forget(model.parameters())
     return model
 
@@ -167,7 +168,7 @@ _PROBES: dict[str, Callable[[torch.Tensor], Any]] = {
     "layer_norm": lambda t: ops.prepare_layer_norm(t.new_empty(0, 16)),
     "attention": lambda t: ops.prepare_attention_packed(t.new_empty(0, 4, 48), 1),
     "linear": lambda t: ops.prepare_linear(t.new_empty(0, 16), t.new_empty(16, 16)),
-    "encoder": lambda t: (t.new_empty(0, 4, 16), [], [], 1, 1.0, "none", str(t.dtype).removeprefix("torch.")),
+    "encoder": lambda t: (t.new_empty(0, 4, 16), [], [], 1, 1.0, "none", str(t.dtype).removeprefix("torch."), []),
     "norm_mlp": lambda t: ops.prepare_norm_mlp(
         t.new_empty(0, 16), None, None, t.new_empty(16, 16), None, t.new_empty(16, 16), None
     ),

@@ -13,6 +13,8 @@ from .ops.encoder import run_encoder
 
 # where accelerate leaves the names of the ops that a module's fused forward calls
 MARK = "_fastvit_ops"
+# where quantize leaves, on a block, which of its linear layers are computed in int8
+INT8 = "_fastvit_int8"
 BLOCK_OPS = ("encoder", "layer_norm", "linear", "attention", "norm_mlp")
 
 
@@ -92,6 +94,7 @@ def _run_encoder(blocks: list[Any], x: Tensor) -> Tensor | None:
     heads, scale, activation = first.num_heads, first.scale, activation_name(blocks[0].mlp.act)
     parameters: list[Tensor | None] = []
     eps: list[float] = []
+    int8: list[bool] = []
     for block in blocks:
         if not _plain(block):
             return None
@@ -103,7 +106,10 @@ def _run_encoder(blocks: list[Any], x: Tensor) -> Tensor | None:
         parameters += (norm1.weight, norm1.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma1)
         parameters += (norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma2)
         eps += (norm1.eps, norm2.eps)
-    return run_encoder(x, parameters, eps, heads, scale, activation)
+        int8 += block.__dict__.get(INT8, ())
+    if len(int8) not in (0, 4 * len(blocks)):  # blocks that are quantised beside blocks that are not
+        return None
+    return run_encoder(x, parameters, eps, heads, scale, activation, int8)
 
 
 def _plain(block: Any) -> bool:

@@ -122,7 +122,7 @@ class Encoder(Launcher):
     """The launcher of the encoder, whose parameters are packed once and kept."""
 
     def why_not(self, *args: Any) -> str | None:
-        x, _parameters, _, _heads, _, _, compute = args
+        x, compute = args[0], args[6]
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or compute == "float64":
             return f"cpu encoder computes in float32, bfloat16, float16, got {str(x.dtype).removeprefix('torch.')}"
         return super().why_not(*args)
@@ -131,9 +131,9 @@ class Encoder(Launcher):
         failure = _load()
         if failure:
             raise ImportError(f"fastvit: {failure}")
-        x, parameters, eps, heads, scale, activation, compute = args
+        x, parameters, eps, heads, scale, activation, compute, int8 = args
         # A product of float16 is computed in float32.
-        packed = prepack.encoder(parameters, "float32" if compute == "float16" else compute)
+        packed = prepack.encoder(parameters, "float32" if compute == "float16" else compute, int8)
         return torch.ops.fastvit_native.encoder(x.contiguous(), packed, eps, heads, scale, activation)
 
 

@@ -100,28 +100,33 @@ def _twin_copies(tensor: Tensor) -> dict[str, Tensor]:
 
 
 # where a block's parameters hold the weights of linear layers; the others are vectors
-_LINEAR = {2, 4, 9, 11}
+_LINEAR = (2, 4, 9, 11)
 _PER_BLOCK = 14
 # first weight of an encoder -> (its parameters' ids, their state, what is computed in, the packed parameters)
 _encoders: Any = WeakIdKeyDictionary()
 
 
-def encoder(parameters: Sequence[Tensor | None], compute: str) -> list[Tensor]:
+def encoder(parameters: Sequence[Tensor | None], compute: str, int8: Sequence[bool] = ()) -> list[Tensor]:
     """The parameters of whole blocks (see ``fastvit.ops.EncoderBlock``) as the kernel takes them.
 
-    A forward pass asks for hundreds of them: while none has changed, one look at all of them finds the list of before.
+    ``int8`` says for each linear layer whether it is computed in that instead, and is empty where none is. A forward
+    pass asks for hundreds of them: while none has changed, one look at all of them finds the list of before.
     """
     if not parameters:
         return []
     tensors = [t for t in parameters if t is not None]
-    first: Any = parameters[min(_LINEAR)]
-    key = ([*map(id, parameters)], state(tensors), compute, _isa())
+    first: Any = parameters[_LINEAR[0]]
+    key = ([*map(id, parameters)], state(tensors), compute, tuple(int8), _isa())
     known = _encoders.get(first)
     if known is None or known[0] != key:
-        packed = [
-            weight(t, compute) if i % _PER_BLOCK in _LINEAR and t is not None else vector(t)
-            for i, t in enumerate(parameters)
-        ]
+        packed = []
+        for i, tensor in enumerate(parameters):
+            block, place = divmod(i, _PER_BLOCK)
+            if place in _LINEAR and tensor is not None:
+                quantised = bool(int8) and int8[len(_LINEAR) * block + _LINEAR.index(place)]
+                packed.append(weight(tensor, "int8" if quantised else compute))
+            else:
+                packed.append(vector(tensor))
         known = _encoders[first] = (key, packed)
     return known[1]
 

@@ -71,7 +71,7 @@ def norm_mlp_case(place):
 
 def encoder_case(place):
     block = [t.detach() for t in tensors(*CALLS["encoder"][1].values())]
-    return torch.ops.fastvit.encoder, (block[0], block[1:], [1e-6, 1e-6], 2, 0.35, "gelu", "float32", place.backend)
+    return torch.ops.fastvit.encoder, (block[0], block[1:], [1e-6, 1e-6], 2, 0.35, "gelu", "float32", [], place.backend)
 
 
 def patch_embed_case(place):

@@ -87,11 +87,6 @@ void softmax_row(const AttentionArgs<T>& g, const void* mask, int64_t query, int
   total = sum_of<A>(sum[0]);
 }
 
-#if FASTVIT_ISA >= FASTVIT_ISA_AVX512_BF16
-FASTVIT_INLINE VecU bits_of(const bfloat16* p, int64_t n) { return bit_cast<VecU>(load(p, n)) >> 16; }
-FASTVIT_INLINE Vec<float> pair(VecU low, VecU high) { return bit_cast<Vec<float>>(low | (high << 16)); }
-#endif
-
 // Values as [unit of keys][padded E]; answers whether all of them are finite.
 template <class C, class T>
 bool pack_values(const T* v, int64_t stride, int64_t keys, int64_t width, unit_t<C>* dst, int64_t padded) {
@@ -99,20 +94,11 @@ bool pack_values(const T* v, int64_t stride, int64_t keys, int64_t width, unit_t
   constexpr int lanes = kLanes<A>, per_unit = Units<C>::kPerUnit;
   Vec<A> check{};
   for (int64_t key = 0; key < keys; key += per_unit)
-    for (int64_t e = 0; e < padded; e += lanes) {
+    for (int64_t e = 0; e < padded; e += lanes, dst += lanes) {
       const T* p = v + key * stride + e;
-      const Vec<A> value = e < width ? load(p, width - e) : Vec<A>{};
-      check += value * A(0);
-      A* out = dst + key / per_unit * padded + e;
-#if FASTVIT_ISA >= FASTVIT_ISA_AVX512_BF16
-      if constexpr (per_unit == 2) {
-        const bool both = key + 1 < keys && e < width;
-        if (both) check += load(p + stride, width - e) * A(0);
-        store(out, pair(bit_cast<VecU>(value) >> 16, both ? bits_of(p + stride, width - e) : VecU{}));
-        continue;
-      }
-#endif
-      store(out, value);
+      const int64_t n = width - e;
+      for (int j = 0; j < per_unit && key + j < keys && n > 0; j++) check += load(p + j * stride, n) * A(0);
+      store(dst, n > 0 ? Units<C>::beside(p, stride, n, keys - key) : Vec<A>{});
     }
   return sum_of<A>(check) == A(0);
 }

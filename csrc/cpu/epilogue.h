@@ -50,7 +50,10 @@ class Weight {
     if (g.panels) return;
     parallel_for(panels_of<C>(g.n), 65536 / (size_ + 1) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; p++)
-        pack_panel<C>(g.weight, g.weight_stride, p * kPanel<C>, g.n, g.k, memory_.as<A>() + p * size_);
+        if (g.weight_by_columns)
+          pack_panel_by_columns<C>(g.weight, g.weight_stride, p * kPanel<C>, g.n, g.k, memory_.as<A>() + p * size_);
+        else
+          pack_panel<C>(g.weight, g.weight_stride, p * kPanel<C>, g.n, g.k, memory_.as<A>() + p * size_);
     });
   }
   const A* panel(int64_t p) const { return data_ + p * size_; }

@@ -20,8 +20,11 @@ void gemm(const GemmArgs<T>& g) {
       const int64_t first = groups.begin(group);
       const Tiles tiles(groups.begin(group + 1) - first);
       worker.each(tiles.count, [&](int64_t t) {
-        pack_lines<C>(g.x + (first + tiles.begin(t)) * g.x_stride, g.x_stride, tiles.height(t), g.k,
-                      lines + tiles.begin(t) * row);
+        const int64_t at = first + tiles.begin(t);
+        if (g.x_by_columns)
+          pack_columns_as_lines<C>(g.x + at, g.x_stride, tiles.height(t), g.k, lines + tiles.begin(t) * row);
+        else
+          pack_lines<C>(g.x + at * g.x_stride, g.x_stride, tiles.height(t), g.k, lines + tiles.begin(t) * row);
       });
       worker.each(panels_of<C>(g.n), [&](int64_t p) {
         multiply_panel(Lines<C>{lines, tiles, g.k}, weight.panel(p), p * kPanel<C>, g.n, sums,

@@ -32,15 +32,18 @@ struct LayerNormArgs {
 template <class T>
 void layer_norm_rows(const LayerNormArgs<T>& args, int64_t begin, int64_t end);
 
-// y = residual + layer_scale * activation(preact), preact = x weight^T + bias; x (M, K), weight (N, K).
+// y = residual + layer_scale * activation(preact), preact = x weight^T + bias; x (M, K), weight (N, K), each with
+// contiguous rows, or with contiguous columns: then they lie as (K, M) and (K, N).
 // Row r of the product is row r + (r / group + 1) * gap of y, and row r % residual_period of residual, which lets the
 // patches of an image skip its prefix tokens and share one table of positions.
 template <class T>
 struct GemmArgs {
   const T* x = nullptr;
   int64_t x_stride = 0;
+  bool x_by_columns = false;
   const T* weight = nullptr;
   int64_t weight_stride = 0;
+  bool weight_by_columns = false;
   const void* panels = nullptr;  // the weight as pack_weight left it, or null
   int64_t m = 0, n = 0, k = 0;
   const T* bias = nullptr;

@@ -31,6 +31,11 @@ struct Units {
   }
   // kPerUnit vectors of numbers as a vector of units.
   FASTVIT_INLINE static Vec<A> from(const Vec<A>* v) { return v[0]; }
+  // The first n units whose elements are below one another in the rows from p on, of which there are `rows`.
+  template <class T>
+  FASTVIT_INLINE static Vec<A> beside(const T* p, int64_t, int64_t n, int64_t rows) {
+    return rows > 0 ? load(p, n) : Vec<A>{};
+  }
   FASTVIT_INLINE static Vec<A> multiply_add(A a, Vec<A> b, Vec<A> sum) { return a * b + sum; }
 };
 
@@ -52,6 +57,18 @@ struct Units<bfloat16> {
     }
   }
   FASTVIT_INLINE static Vec<float> from(const Vec<float>* v) { return (Vec<float>)_mm512_cvtne2ps_pbh(v[1], v[0]); }
+  template <class T>
+  FASTVIT_INLINE static Vec<float> beside(const T* p, int64_t stride, int64_t n, int64_t rows) {
+    const VecU low = rows > 0 ? bits(p, n) : VecU{}, high = rows > 1 ? bits(p + stride, n) : VecU{};
+    return bit_cast<Vec<float>>(low | (high << 16));
+  }
+  FASTVIT_INLINE static VecU bits(const float* p, int64_t n) {
+    return __builtin_convertvector((VecU16)_mm512_cvtneps_pbh(load(p, n)), VecU);
+  }
+  FASTVIT_INLINE static VecU bits(const bfloat16* p, int64_t n) {
+    if (n >= 16) return __builtin_convertvector(load_bits<VecU16>(p), VecU);
+    return bit_cast<VecU>(load(p, n)) >> 16;
+  }
   FASTVIT_INLINE static Vec<float> multiply_add(float a, Vec<float> b, Vec<float> sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
   }
@@ -170,6 +187,23 @@ FASTVIT_INLINE void pack_lines(const T* src, int64_t stride, int64_t rows, int64
     for (int64_t i = 0; i < rows; i++, dst += lanes) store(dst, Units<C>::from(src + i * stride + begin, k - begin));
 }
 
+// The same from columns, element (row, k) at src[k * stride + row].
+template <class C, class T>
+void pack_columns_as_lines(const T* src, int64_t stride, int64_t rows, int64_t k, unit_t<C>* dst) {
+  using A = unit_t<C>;
+  constexpr int lanes = kLanes<A>, per_unit = Units<C>::kPerUnit;
+  for (int64_t begin = 0; begin < k; begin += kLine<C>)
+    for (int64_t first = 0; first < rows; first += lanes) {
+      const int64_t count = rows - first < lanes ? rows - first : lanes;
+      Vec<A> r[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; i++)
+        r[i] = Units<C>::beside(src + (begin + i * per_unit) * stride + first, stride, count, k - begin - i * per_unit);
+      transpose<A>(r);
+      for (int64_t i = 0; i < count; i++, dst += lanes) store(dst, r[i]);
+    }
+}
+
 // Up to kLanes rows of k elements as a vector's worth of a panel's columns, dst[unit * width + row]; columns without a
 // row are zero.
 template <class C, class T>
@@ -195,6 +229,18 @@ void pack_panel(const T* weight, int64_t stride, int64_t n, int64_t rows, int64_
   constexpr int lanes = kLanes<unit_t<C>>;
   for (int v = 0; v < kPanelVectors; v++, n += lanes)
     pack_columns<C>(weight + n * stride, stride, rows - n, k, dst + v * lanes, kPanel<C>);
+}
+
+// The panel of kPanel columns, from n on, of a weight that lies as (K, N).
+template <class C, class T>
+void pack_panel_by_columns(const T* weight, int64_t stride, int64_t n, int64_t columns, int64_t k, unit_t<C>* dst) {
+  using A = unit_t<C>;
+  constexpr int lanes = kLanes<A>, per_unit = Units<C>::kPerUnit;
+  for (int64_t row = 0; row < k; row += per_unit)
+    for (int v = 0; v < kPanelVectors; v++, dst += lanes) {
+      const int64_t at = n + v * lanes;
+      store(dst, at < columns ? Units<C>::beside(weight + row * stride + at, stride, columns - at, k - row) : Vec<A>{});
+    }
 }
 
 // One chain of roundings is at most this long: partial sums are added up, which keeps the error near that of a tree.

@@ -53,13 +53,14 @@ def _forward(
     scale: float,
     activation: str,
     compute: str,
+    int8: Sequence[bool],
     backend: str,
 ) -> Tensor:
     launch = backends.implementation("encoder", backend).forward
-    return launch(x, parameters, eps, num_heads, scale, activation, compute)
+    return launch(x, parameters, eps, num_heads, scale, activation, compute, int8)
 
 
-def _fake(x, parameters, eps, num_heads, scale, activation, compute, backend):
+def _fake(x, parameters, eps, num_heads, scale, activation, compute, int8, backend):
     return x.new_empty(x.shape)
 
 
@@ -90,7 +91,7 @@ def prepare_encoder(x, blocks, num_heads, *, scale=None, activation="gelu"):
             parameters.append(contract.unit_stride(tensor))
         eps += (contract.check_eps(op, block.norm1_eps), contract.check_eps(op, block.norm2_eps))
     scale = (width // num_heads) ** -0.5 if scale is None else float(scale)
-    return x, parameters, eps, num_heads, scale, activation, _compute(x)
+    return x, parameters, eps, num_heads, scale, activation, _compute(x), []
 
 
 def _compute(x: Tensor) -> str:
@@ -126,7 +127,7 @@ def encoder(
         TypeError, ValueError: dtypes, devices or shapes that do not fit, a negative eps, or an unknown activation.
     """
     args = prepare_encoder(x, blocks, num_heads, scale=scale, activation=activation)
-    y = run_encoder(*args[:-1])
+    y = run_encoder(*args[:-2])
     if y is not None:
         return y
     for block in blocks:
@@ -134,12 +135,15 @@ def encoder(
     return x
 
 
-def run_encoder(x, parameters, eps, num_heads, scale, activation) -> Tensor | None:
+def run_encoder(x, parameters, eps, num_heads, scale, activation, int8=()) -> Tensor | None:
     """The blocks by one kernel, or None where no backend in force has one or a gradient is asked for.
 
     For callers whose arguments need no checks; otherwise :func:`encoder`'s, as :func:`prepare_encoder` leaves them.
+
+    Args:
+        int8: empty, or for each block whether qkv, proj, fc1 and fc2 are int8; the other products then are bfloat16.
     """
-    args = (x, parameters, eps, num_heads, scale, activation, _compute(x))
+    args = (x, parameters, eps, num_heads, scale, activation, "bfloat16" if int8 else _compute(x), int8)
     if contract.needs_grad(x, *parameters) or any(p is not None and p.dtype != x.dtype for p in parameters[2:3]):
         return None
     backend = backends.serving("encoder", *args)
