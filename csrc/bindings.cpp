@@ -13,6 +13,10 @@ STABLE_TORCH_LIBRARY(fastvit_native, m) {
       "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) "
       "-> (Tensor, Tensor)");
   m.def(
+      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor(a!) dq, Tensor(b!) "
+      "dk, "
+      "Tensor(c!) dv, Tensor? mask, bool causal, float scale) -> ()");
+  m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale, Tensor? residual, str activation, "
       "bool keep_preact, Tensor? packed) -> (Tensor, Tensor)");
   m.def(

@@ -118,6 +118,16 @@ class Launcher:
 
 
 @dataclass(frozen=True)
+class Attention(Launcher):
+    """The launcher of attention, which has a backward of its own."""
+
+    def backward(self, dout: Any, *args: Any) -> tuple[None, None, None, None]:
+        taken = args[: len(args) - len(_OPTIONS["attention"])]
+        torch.ops.fastvit_native.attention_backward(dout.contiguous(), *taken)
+        return None, None, None, None
+
+
+@dataclass(frozen=True)
 class Encoder(Launcher):
     """The launcher of the encoder, whose parameters are packed once and kept."""
 
@@ -137,7 +147,11 @@ class Encoder(Launcher):
         return torch.ops.fastvit_native.encoder(x.contiguous(), packed, eps, heads, scale, activation)
 
 
-_CPU_OPS = ("layer_norm", "attention", "linear", "norm_mlp", "patch_embed")
+_CPU_OPS = ("layer_norm", "linear", "norm_mlp", "patch_embed")
 
-cpu = SimpleNamespace(**{op: Launcher(op, "cpu") for op in _CPU_OPS}, encoder=Encoder("encoder", "cpu"))
+cpu = SimpleNamespace(
+    **{op: Launcher(op, "cpu") for op in _CPU_OPS},
+    attention=Attention("attention", "cpu"),
+    encoder=Encoder("encoder", "cpu"),
+)
 cuda = SimpleNamespace(layer_norm=Launcher("layer_norm", "cuda"))

@@ -27,4 +27,18 @@ struct AttentionArgs {
   A* lse = nullptr;
 };
 
+// Gradients of the same; out, dout (B, N, H, E) and lse (B, H, N) contiguous, dq, dk and dv as q, k and v.
+template <class T>
+struct AttentionBackwardArgs {
+  using A = accumulator_t<T>;
+  AttentionArgs<T> forward;
+  const T* dout = nullptr;
+  const T* out = nullptr;
+  const A* lse = nullptr;
+  T* dq = nullptr;
+  T* dk = nullptr;
+  T* dv = nullptr;
+  int64_t dq_strides[3] = {}, dk_strides[3] = {}, dv_strides[3] = {};
+};
+
 }  // namespace fastvit

@@ -47,6 +47,12 @@ FASTVIT_INLINE Vec<accumulator_t<T>> masked(const AttentionArgs<T>& g, const voi
 }
 
 template <class A>
+FASTVIT_INLINE Vec<A> zero_after(Vec<A> v, int64_t n) {
+  for (int64_t i = n; i < kLanes<A>; i++) v[i] = 0;
+  return v;
+}
+
+template <class A>
 FASTVIT_INLINE Vec<A> hide_beyond(Vec<A> v, int64_t n) {
   for (int64_t i = n; i < kLanes<A>; i++) v[i] = -A(INFINITY);
   return v;

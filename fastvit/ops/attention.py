@@ -144,8 +144,11 @@ def _backward(
     launch = contract.backward_launcher("attention", backend, reference_backward)
     grads = _empty_gradients(q, k, v)
     views = unpack(*grads) if k is not None else unpack(grads[0], None, None)
+    queries, keys, values = unpack(q, k, v)
+    if backend == "cpu":  # its kernel multiplies what no query sees by zero
+        keys, values = _hide_dead_keys(keys, values, mask)
     dqw, dqb, dkw, dkb = launch(
-        *(contract.unit_stride(dout), *unpack(q, k, v), out, lse, *views),
+        *(contract.unit_stride(dout), queries, keys, values, out, lse, *views),
         *(mask, causal, scale, dropout, seed, *norms, cu_seqlens, max_seqlen),
     )
     return *grads, *(contract.absent(q) if g is None else g for g in (dqw, dqb, dkw, dkb))
