@@ -10,6 +10,9 @@ STABLE_TORCH_LIBRARY(fastvit_native, m) {
       "layer_norm(Tensor x, Tensor? residual, Tensor? layer_scale, Tensor? weight, Tensor? bias, float eps) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "layer_norm_backward(Tensor dy, Tensor? dz, Tensor z, Tensor mean, Tensor rstd, Tensor? weight, Tensor? x, "
+      "Tensor? layer_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) "
       "-> (Tensor, Tensor)");
   m.def(
@@ -33,6 +36,7 @@ STABLE_TORCH_LIBRARY(fastvit_native, m) {
   // they move.
   m.def("fingerprint(Tensor[] tensors, bool addresses) -> int");
   m.def("matmul(Tensor a, Tensor b) -> Tensor");
+  m.def("column_sum(Tensor x) -> Tensor");
   m.def("encoder(Tensor x, Tensor[] parameters, float[] eps, int heads, float scale, str activation) -> Tensor");
   // Chooses the CPU kernels' instruction set ("" = the best, "current" = ask only) and answers its name.
   m.def("cpu_isa(str name) -> str");

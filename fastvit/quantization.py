@@ -49,8 +49,8 @@ def quantize(
 
     Weights are rounded to signed bytes, with a step for each output channel; activations to unsigned bytes with a range
     of their own for each token, found on the way. Sums are exact; norms, attention and the sums over blocks stay in
-    bfloat16 and float32. Where a gradient is asked for, the model computes what it did before. Parameters and state dict
-    do not change; :func:`fastvit.restore` undoes it, and calling this again chooses anew.
+    bfloat16 and float32. Where a gradient is asked for, the model computes what it did before. Parameters
+    and state_dict stay; :func:`fastvit.restore` undoes it, and calling this again chooses anew.
 
     Args:
         model: a model that :func:`fastvit.accelerate` has been called on, or a ``fastvit.VisionTransformer``.

@@ -41,7 +41,7 @@ Rows<T> rows(const Tensor& t, int64_t m, int64_t n, const Tensor& like, const ch
   check_like(t, like, like.scalar_type(), op, name);
   FASTVIT_CHECK(t.dim() == 2 && t.size(0) == m && t.size(1) == n, op, ": ", name, " must have shape (", m, ", ", n,
                 ")");
-  FASTVIT_CHECK(n <= 1 || t.stride(1) == 1, op, ": ", name, " must have contiguous rows");
+  FASTVIT_CHECK(m == 0 || n <= 1 || t.stride(1) == 1, op, ": ", name, " must have contiguous rows");
   return {static_cast<const T*>(t.const_data_ptr()), t.stride(0)};
 }
 

@@ -4,6 +4,7 @@ An op is registered once. Its schema is the launchers' signature plus the backen
 its own, so asking for a second derivative raises instead of being silently wrong.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -149,5 +150,7 @@ def register(
 
 
 def backward_launcher(op: str, backend: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The backend's own backward, or the reference's where it has none yet."""
-    return getattr(backends.implementation(op, backend), "backward", None) or reference
+    """The backend's own backward, or else the reference's, with those parts of it that the backend has."""
+    implementation = backends.implementation(op, backend)
+    own = getattr(implementation, "backward", None)
+    return own or functools.partial(reference, **getattr(implementation, "backward_parts", {}))

@@ -3,6 +3,8 @@
 LayerScale is arXiv 2103.17239, stochastic depth (sample_scale: one factor per sample) arXiv 1603.09382.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,6 +54,11 @@ def reference(
     return y if residual is None else residual + y
 
 
+def column_sum(rows: Tensor) -> Tensor:
+    """Σ over rows in fp32 (fp64 for fp64)."""
+    return rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
+
+
 def reference_backward(
     dy: Tensor,
     x: Tensor,
@@ -61,8 +68,13 @@ def reference_backward(
     preact: Tensor,
     activation: str,
     sample_scale: Tensor | None = None,
+    *,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+    column_sum: Callable[[Tensor], Tensor] = column_sum,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, dweight, dbias, dlayer_scale); the residual's is dy itself.
+
+    A backend may bring its own product of two matrices and its own sum of rows in fp32.
 
     Without an activation the output need not be kept for LayerScale: with G = dyᵀ x,
     dlayer_scale = Σ_k W G + b Σ dy and dweight = layer_scale G. A sample's factor goes into dy first.
@@ -71,18 +83,18 @@ def reference_backward(
     dy = dy if sample_scale is None else dy * contract.per_row(sample_scale, dy.shape[0])
     if layer_scale is None or activation == "none":
         d = activation_backward(dy, preact, activation)
-        dweight, dbias = d.t() @ x, d.sum(0, dtype=wide)
+        dweight, dbias = product(d.t(), x), column_sum(d)
         if layer_scale is None:
-            return d @ weight, dweight, dbias.to(dy.dtype), contract.absent(dy)
+            return product(d, weight), dweight, dbias.to(dy.dtype), contract.absent(dy)
         dscale = (weight.to(wide) * dweight.to(wide)).sum(1)
         dscale = dscale if bias is None else dscale + bias.to(wide) * dbias
-        dx = (dy * layer_scale) @ weight
+        dx = product(dy * layer_scale, weight)
         dbias = (dbias * layer_scale.to(wide)).to(dy.dtype)
         return dx, dweight * layer_scale[:, None], dbias, dscale.to(dy.dtype)
     dscale = (dy.to(wide) * activate(preact.to(wide), activation)).sum(0).to(dy.dtype)
     d = activation_backward(dy.to(wide) * layer_scale.to(wide), preact, activation)
-    dbias, d = d.sum(0).to(dy.dtype), d.to(dy.dtype)
-    return d @ weight, d.t() @ x, dbias, dscale
+    dbias, d = column_sum(d).to(dy.dtype), d.to(dy.dtype)
+    return product(d, weight), product(d.t(), x), dbias, dscale
 
 
 def _forward(

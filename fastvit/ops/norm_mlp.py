@@ -3,6 +3,9 @@
 Equation 3 of "An Image is Worth 16x16 Words" (arXiv 2010.11929).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +13,7 @@ from torch import Tensor
 from .. import backends
 from . import _contract as contract
 from .layer_norm import layer_norm, reference_backward as layer_norm_backward
-from .linear import activate, linear, reference_backward as linear_backward
+from .linear import activate, column_sum, linear, reference_backward as linear_backward
 
 
 def reference(
@@ -52,6 +55,10 @@ def reference_backward(
     activation: str,
     residual: bool,
     sample_scale: Tensor | None = None,
+    *,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+    column_sum: Callable[[Tensor], Tensor] = column_sum,
+    norm_backward: Callable[..., Any] = layer_norm_backward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, dnorm_weight, dnorm_bias, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dlayer_scale).
 
@@ -63,11 +70,14 @@ def reference_backward(
     normalised = (normalised if norm_bias is None else normalised + norm_bias.to(wide)).to(x.dtype)
     hidden = activate(preact, activation)
     branch = dy if sample_scale is None else dy * contract.per_row(sample_scale, dy.shape[0])
+    parts: dict[str, Any] = {"product": product, "column_sum": column_sum}
     dhidden, dfc2, dfc2_bias, dscale = linear_backward(
-        branch, hidden, fc2_weight, fc2_bias, layer_scale, preact, "none"
+        branch, hidden, fc2_weight, fc2_bias, layer_scale, preact, "none", **parts
     )
-    dnormalised, dfc1, dfc1_bias, _ = linear_backward(dhidden, normalised, fc1_weight, None, None, preact, activation)
-    dx, _, _, dnorm_weight, dnorm_bias = layer_norm_backward(
+    dnormalised, dfc1, dfc1_bias, _ = linear_backward(
+        dhidden, normalised, fc1_weight, None, None, preact, activation, **parts
+    )
+    dx, _, _, dnorm_weight, dnorm_bias = norm_backward(
         dnormalised, dy if residual else None, x, mean, rstd, norm_weight, None, None, None
     )
     return dx, dnorm_weight, dnorm_bias, dfc1, dfc1_bias, dfc2, dfc2_bias, dscale

@@ -3,7 +3,7 @@
 Equation 1 of "An Image is Worth 16x16 Words" (arXiv 2010.11929).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,8 @@ def reference_backward(
     positions: int,
     prefix: int,
     image_grad: bool,
+    *,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dimage, dweight, dbias, dpos_embed, dprefix); ``positions`` and ``prefix`` are row counts.
 
@@ -72,12 +74,12 @@ def reference_backward(
     wide = torch.promote_types(dy.dtype, torch.float32)
     patches = dy[:, prefix:].reshape(-1, dim)
     total = dy.sum(0, dtype=wide)
-    dweight = (patches.t() @ x).view_as(weight)
+    dweight = product(patches.t(), x).view_as(weight)
     dbias = total[prefix:].sum(0)
     dpos = total[total.shape[0] - positions :] if positions else contract.absent(total)
     dimage = contract.absent(dy)
     if image_grad:
-        dx = (patches @ weight.reshape(dim, -1)).view(batch, *grid, channels, p, q)
+        dx = product(patches, weight.reshape(dim, -1)).view(batch, *grid, channels, p, q)
         dimage = dx.permute(0, 3, 1, 4, 2, 5).reshape(image.shape)
         if pixel_scale is not None:
             dimage = (dimage.to(wide) * _per_channel(pixel_scale, image)).to(dy.dtype)
