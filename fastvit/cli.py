@@ -96,11 +96,14 @@ def _sample_calls(device: str, dtype: Any) -> dict[str, tuple]:
     """ViT-S/16 arguments for the public function of every op; the answers depend on shapes, never on values."""
     import torch
 
+    from fastvit.ops import EncoderBlock
+
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, device=device, dtype=dtype)
 
     x, norm = zeros(1, 197, 384), (zeros(384), zeros(384))
     heads = zeros(1, 6, 197, 64)
+    attention = (zeros(1152, 384), zeros(1152), zeros(384, 384), zeros(384))
     mlp = (zeros(1536, 384), zeros(1536), zeros(384, 1536), zeros(384))
     return {
         "patch_embed": (zeros(1, 3, 224, 224), zeros(384, 3, 16, 16), zeros(384)),
@@ -108,6 +111,7 @@ def _sample_calls(device: str, dtype: Any) -> dict[str, tuple]:
         "attention": (heads, heads, heads),
         "linear": (x, zeros(1152, 384), zeros(1152)),
         "norm_mlp": (x, *norm, *mlp, 1e-6),
+        "encoder": (x, [EncoderBlock(*norm, *attention, None, *norm, *mlp, None)], 6),
     }
 
 

@@ -38,10 +38,16 @@ class Row:
 
 
 class Report(list[Row]):
-    """The rows of :func:`report`; prints as a table."""
+    """The rows of :func:`report`; prints as a table.
+
+    packed_bytes: memory that packed copies of weights take beside the parameters now (CPU kernels, inference).
+    """
+
+    packed_bytes: int = 0
 
     def __str__(self) -> str:
-        return "\n".join(str(row) for row in self)
+        packed = [f"packed weights: {self.packed_bytes / 2**20:.1f} MiB"] if self.packed_bytes else []
+        return "\n".join([*map(str, self), *packed])
 
 
 def _plan(module: nn.Module, options: Options) -> Plan | str | None:
@@ -203,6 +209,7 @@ def report(model: nn.Module) -> Report:
     """
     _check_model("report", model)
     rows, fused = Report(), list[str]()
+    rows.packed_bytes = prepack.bytes_of(model.parameters())
     for name, module, found, _ in _planned(model, Options()):
         if any(name.startswith(f"{parent}.") for parent in fused):
             continue

@@ -263,8 +263,10 @@ def test_deep_copies_share_what_is_packed_until_one_changes(model):
         twin.blocks[0].mlp.fc2.weight.neg_()
         assert not torch.allclose(twin(x), model(x), atol=1e-4)
         torch.testing.assert_close(twin(x), logits_of_eager(twin, x), atol=1e-4, rtol=1e-4)
+        assert fastvit.report(model).packed_bytes == prepack.bytes_of(model.parameters())
+        assert "packed weights" in str(fastvit.report(model))
         fastvit.restore(model)
-    assert prepack.bytes_of(model.parameters()) == 0
+    assert fastvit.report(model).packed_bytes == 0
 
 
 @needs_kernel
