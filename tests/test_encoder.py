@@ -270,6 +270,17 @@ def test_deep_copies_share_what_is_packed_until_one_changes(model):
 
 
 @needs_kernel
+def test_weights_that_differ_in_one_number_share_nothing(model):
+    x = images()
+    with torch.no_grad():
+        model(x)
+        twin = copy.deepcopy(model)
+        twin.blocks[1].mlp.fc1.weight[0, 7] += 30
+        torch.testing.assert_close(twin(x), logits_of_eager(twin, x), atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(twin(x), model(x), atol=1e-4)
+
+
+@needs_kernel
 def test_packed_weights_die_with_their_parameters(model):
     with torch.no_grad():
         model(images())

@@ -23,7 +23,8 @@ class Encoder {
         images_(images),
         lanes_(lanes),
         limit_(group_rows<C>(args.hidden, 2.4)),
-        wave_(rows_ < lanes * 2 * kTileRows ? 1 : lanes),
+        // Rows that fit into one cache are shared: each core then reads but its part of the weights.
+        wave_(rows_ < lanes * 2 * kTileRows || rows_ <= limit_ ? 1 : lanes),
         groups_(wave_ * ((rows_ + wave_ * limit_ - 1) / (wave_ * limit_))),
         head_(args.tokens, args.width / args.heads) {
     splits_ = images * args.heads % lanes == 0 ? 1 : (4 * lanes + images * args.heads - 1) / (images * args.heads);
@@ -208,14 +209,19 @@ class Encoder {
                   const F& f) {
     const PackedWeight& w = linear.weight;
     const int64_t panels = panels_of<L>(w.n), size = units_of<L>(w.k) * kPanel<L>;
-    worker.each(wave_ * panels, [&](int64_t item) {
-      const int64_t group = wave + item / panels, p = item % panels;
+    // Few panels for many lanes: each is cut into parts of the rows.
+    int64_t parts = lanes_ == 1 ? 1 : (4 * lanes_ + wave_ * panels - 1) / (wave_ * panels);
+    const int64_t most = Tiles(group_size()).count;
+    parts = parts < most ? parts : most;
+    worker.each(wave_ * panels * parts, [&](int64_t item) {
+      const int64_t part = item % parts, p = item / parts % panels, group = wave + item / parts / panels;
       const Tiles tiles = tiles_of(group);
       const unit_t<L>* mine = lines + (by_wave ? wave_row(group, wave) : begin_of(group)) * row_units<L>(w.k);
+      const Lines<L> x{mine, tiles, w.k, tiles.count * part / parts, tiles.count * (part + 1) / parts};
       Vec<float> bias[kPanelVectors] = {};
       for (int j = 0; j < kPanelVectors && linear.bias; j++)
         bias[j] = load_at(linear.bias, p * kPanel<L> + j * kLanesA, w.n);
-      multiply_panel(Lines<L>{mine, tiles, w.k}, static_cast<const unit_t<L>*>(w.panels) + p * size, p * kPanel<L>, w.n,
+      multiply_panel(x, static_cast<const unit_t<L>*>(w.panels) + p * size, p * kPanel<L>, w.n,
                      reinterpret_cast<unit_t<L>*>(sums_), [&](int64_t t, int64_t column, const unit_t<L>* values) {
                        f(group, tiles, t, column, values, bias);
                      });

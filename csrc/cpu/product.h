@@ -6,6 +6,7 @@ struct Lines {
   const unit_t<C>* data;
   Tiles tiles;
   int64_t k;
+  int64_t begin = 0, end = tiles.count;  // the tiles that are meant
 
   const unit_t<C>* tile(int64_t t) const { return data + tiles.begin(t) * row_units<C>(k); }
 };
@@ -23,25 +24,25 @@ int64_t sums_size(int64_t rows) {
   return (rows + kTileRows) * kPanel<C>;
 }
 
-// One panel of a weight with every row of a group; epilogue(tile, column, sums) gets kPanel sums of each row of a tile.
+// One panel of a weight with the rows of a group; epilogue(tile, column, sums) gets kPanel sums of each row of a tile.
 template <class C, class E>
 FASTVIT_INLINE void multiply_panel(const Lines<C>& x, const unit_t<C>* panel, int64_t column, int64_t columns,
                                    unit_t<C>* sums, const E& epilogue) {
   constexpr int64_t lanes = kLanes<unit_t<C>>, width = kPanel<C>;
-  const int64_t units = units_of<C>(x.k), chains = (units + kChain - 1) / kChain;
+  const int64_t units = units_of<C>(x.k), chains = (units + kChain<C> - 1) / kChain<C>;
   const int64_t chain = ((units + chains - 1) / (chains ? chains : 1) + lanes - 1) / lanes * lanes;
   int64_t begin = 0;
   do {
     const int64_t count = units - begin < chain ? units - begin : chain, bytes = count * width * sizeof(unit_t<C>);
     const unit_t<C>* b = panel + begin * width;
     const char* ahead = reinterpret_cast<const char*>(b) + bytes;
-    for (int64_t t = 0; t < x.tiles.count; t++) {
+    for (int64_t t = x.begin; t < x.end; t++) {
       const int64_t height = x.tiles.height(t), row = x.tiles.begin(t);
       unit_t<C>* out = sums + row * width;
       const auto tile = columns - column > lanes ? micro_of<C, kPanelVectors>(height) : micro_of<C, 1>(height);
-      const bool fetch = t * count * 32 < bytes;
+      const int64_t fetched = (t - x.begin) * count * 32;
       tile(x.tile(t) + begin * height, b, width, count, out, width, begin > 0,
-           fetch ? ahead + t * count * 32 : reinterpret_cast<const char*>(b));
+           fetched < bytes ? ahead + fetched : reinterpret_cast<const char*>(b));
       if (begin + count >= units) epilogue(t, column, out);
     }
     begin += count;

@@ -80,7 +80,7 @@ def prepare_encoder(x, blocks, num_heads, *, scale=None, activation="gelu"):
     for i, block in enumerate(blocks):
         contract.check_tensor(op, f"blocks[{i}].fc1_weight", block.fc1_weight, 2)
         hidden = block.fc1_weight.shape[0]
-        shapes = dict.fromkeys(EncoderBlock._fields[:TENSORS], (width,))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(EncoderBlock._fields[:TENSORS], (width,))
         shapes |= {"qkv_weight": (3 * width, width), "qkv_bias": (3 * width,), "proj_weight": (width, width)}
         shapes |= {"fc1_weight": (hidden, width), "fc1_bias": (hidden,), "fc2_weight": (width, hidden)}
         for name, shape in shapes.items():
