@@ -116,6 +116,19 @@ def test_activations_far_out(isa, activation, dtype):
     torch.testing.assert_close(y.flatten(), exact, rtol=rtol, atol=1e-30, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_hidden_gelu_far_out(isa, dtype):
+    bias = torch.tensor([-1e4, -300.0, -6.0, -4.5, -4.0, -1.0, 0.0, 0.01, 1.0, 4.0, 6.0, 1e4]).to(dtype)
+    x, n = torch.randn(3, 12).to(dtype), len(bias)
+    parameters = (None, None, torch.zeros(n, n).to(dtype), bias, torch.eye(n).to(dtype), None, None)
+    y, *_ = native.cpu.norm_mlp.forward(x, *parameters, 1e-6, "gelu", False, False, None)
+    exact = F.gelu(bias.double()).expand(3, n)
+    torch.testing.assert_close(y.double(), exact, atol=4e-5 if dtype == torch.bfloat16 else 1e-6, rtol=0.004)
+    bias[3] = math.nan
+    y, *_ = native.cpu.norm_mlp.forward(x, *parameters, 1e-6, "gelu", False, False, None)
+    assert y.isnan().all()
+
+
 def test_exp_through_two_keys(isa):
     t = torch.linspace(0, 100, 20_001)
     q, k, v = (

@@ -126,7 +126,8 @@ struct Rounded<bfloat16> {
   FASTVIT_INLINE static Vec<float> activate(Vec<float> x, Activation activation) {
     using V = Vec<float>;
     if (activation != Activation::gelu) return FASTVIT_NAMESPACE::activate<float>(x, activation);
-    const V t = _mm512_max_ps(_mm512_min_ps(x, V{} + 4.4f), V{} - 4.4f), square = t * t;
+    // The other way round these two would lose NaN.
+    const V low = _mm512_max_ps(V{} - 4.4f, x), t = _mm512_min_ps(low, V{} + 4.4f), square = t * t;
     V p = fma(V{} + 3.56908517e-11f, square, V{} - 3.75374576e-09f);
     p = fma(p, square, V{} + 1.74073548e-07f);
     p = fma(p, square, V{} - 4.7246449e-06f);
@@ -135,7 +136,7 @@ struct Rounded<bfloat16> {
     p = fma(p, square, V{} + 0.00964295678f);
     p = fma(p, square, V{} - 0.0660762936f);
     p = fma(p, square, V{} + 0.398761511f);
-    return x * fma(t, p, V{} + 0.5f);
+    return low * fma(t, p, V{} + 0.5f);
   }
 };
 #endif
