@@ -65,7 +65,8 @@ OP_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 
 LEGEND = (
-    "ms: median of interleaved rounds.  peak: share of the fastest plain matrix product measured in the same run.  "
+    "ms: median of interleaved rounds.  peak: share of the fastest arithmetic measured in the same run, a plain matrix "
+    "product or multiply-adds on registers.  "
     "max error: logits against fp64; error ratio: the same as a multiple of eager's own.  "
     "+MiB: memory one forward pass adds at its highest."
 )

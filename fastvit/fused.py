@@ -102,6 +102,8 @@ def _run_encoder(blocks: list[Any], x: Tensor) -> Tensor | None:
         qkv, proj, fc1, fc2 = attn.qkv, attn.proj, mlp.fc1, mlp.fc2
         if (attn.num_heads, attn.scale, activation_name(mlp.act)) != (heads, scale, activation):
             return None
+        if qkv.weight.shape != (3 * x.shape[-1], x.shape[-1]) or qkv.weight.dtype != x.dtype:
+            return None
         gamma1, gamma2 = _gamma(block.ls1), _gamma(block.ls2)
         parameters += (norm1.weight, norm1.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma1)
         parameters += (norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma2)

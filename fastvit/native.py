@@ -62,10 +62,14 @@ def build_info() -> dict[str, Any]:
     Raises:
         ImportError: the extension is missing or does not load; the message says why.
     """
+    _require()
+    return importlib.import_module("fastvit._C").build_info()
+
+
+def _require() -> None:
     failure = _load()
     if failure:
         raise ImportError(f"fastvit: {failure}")
-    return importlib.import_module("fastvit._C").build_info()
 
 
 @constant
@@ -106,9 +110,7 @@ class Launcher:
         return why_unavailable(self.device_type)
 
     def forward(self, *args: Any) -> Any:
-        failure = _load()
-        if failure:
-            raise ImportError(f"fastvit: {failure}")
+        _require()
         taken = args[: len(args) - len(_OPTIONS.get(self.op, ()))]
         # Numbers per channel are tensors in C++.
         taken = tuple(torch.tensor(a, dtype=torch.float32) if isinstance(a, (list, tuple)) else a for a in taken)
@@ -144,15 +146,12 @@ class LayerNorm(Launcher):
 class Product(Launcher):
     """A launcher whose backward is the reference's with these parts of ours."""
 
+    parts: tuple[str, ...]
+
     @property
     def backward_parts(self) -> dict[str, Any]:
-        parts = {
-            "product": matmul,
-            "column_sum": torch.ops.fastvit_native.column_sum,
-            "norm_backward": _layer_norm_backward,
-        }
-        wanted = {"linear": 2, "norm_mlp": 3, "patch_embed": 1}[self.op]
-        return dict(list(parts.items())[:wanted])
+        ours = {"product": matmul, "norm_backward": _layer_norm_backward}
+        return {name: ours.get(name) or getattr(torch.ops.fastvit_native, name) for name in self.parts}
 
 
 @dataclass(frozen=True)
@@ -176,9 +175,7 @@ class Encoder(Launcher):
         return super().why_not(*args)
 
     def forward(self, *args: Any) -> Any:
-        failure = _load()
-        if failure:
-            raise ImportError(f"fastvit: {failure}")
+        _require()
         x, parameters, eps, heads, scale, activation, compute, int8 = args
         # A product of float16 is computed in float32.
         packed = prepack.encoder(parameters, "float32" if compute == "float16" else compute, int8)
@@ -186,7 +183,9 @@ class Encoder(Launcher):
 
 
 cpu = SimpleNamespace(
-    **{op: Product(op, "cpu") for op in ("linear", "norm_mlp", "patch_embed")},
+    linear=Product("linear", "cpu", ("product", "column_sum")),
+    norm_mlp=Product("norm_mlp", "cpu", ("product", "column_sum", "norm_backward")),
+    patch_embed=Product("patch_embed", "cpu", ("product",)),
     layer_norm=LayerNorm("layer_norm", "cpu"),
     attention=Attention("attention", "cpu"),
     encoder=Encoder("encoder", "cpu"),

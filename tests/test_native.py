@@ -321,6 +321,13 @@ def in_fresh_interpreter(code: str, **environment: str) -> subprocess.CompletedP
     )
 
 
+def test_the_peak_is_a_rate(isa):
+    rates = {compute: torch.ops.fastvit_native.cpu_peak(compute) for compute in ("float32", "bfloat16", "float64")}
+    assert all(math.isfinite(rate) and rate > 0.1 for rate in rates.values()), rates
+    with pytest.raises(RuntimeError, match="compute must be"):
+        torch.ops.fastvit_native.cpu_peak("int4")
+
+
 def test_environment_chooses_the_instruction_set():
     code = "from fastvit import native; print(native.build_info()['cpu_active'])"
     assert in_fresh_interpreter(code, FASTVIT_CPU="portable").stdout.strip() == "portable"

@@ -108,8 +108,8 @@ void query_gradients(const AttentionBackwardArgs<T>& g, BackwardBuffers<T>& b, i
           probability[j] = exp(s - shift);
           dscore[j] = probability[j] * (load(b.dscores + i * b.key_stride + first) - delta) * A(f.scale);
           if (visible - first < lanes) {
-            probability[j] = zero_after<A>(probability[j], visible - first);
-            dscore[j] = zero_after<A>(dscore[j], visible - first);
+            probability[j] = fill_beyond<A>(probability[j], visible - first, 0);
+            dscore[j] = fill_beyond<A>(dscore[j], visible - first, 0);
           }
         }
         store(b.p + (query + i) * b.key_stride + first, probability[j]);

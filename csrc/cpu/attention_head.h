@@ -46,18 +46,6 @@ FASTVIT_INLINE Vec<accumulator_t<T>> masked(const AttentionArgs<T>& g, const voi
   return score;
 }
 
-template <class A>
-FASTVIT_INLINE Vec<A> zero_after(Vec<A> v, int64_t n) {
-  for (int64_t i = n; i < kLanes<A>; i++) v[i] = 0;
-  return v;
-}
-
-template <class A>
-FASTVIT_INLINE Vec<A> hide_beyond(Vec<A> v, int64_t n) {
-  for (int64_t i = n; i < kLanes<A>; i++) v[i] = -A(INFINITY);
-  return v;
-}
-
 // exp(scale * scores + mask - max) of one query as units, and its maximum and sum.
 template <class T, class C>
 void softmax_row(const AttentionArgs<T>& g, const void* mask, int64_t query, int64_t keys, accumulator_t<T>* scores,
@@ -70,7 +58,7 @@ void softmax_row(const AttentionArgs<T>& g, const void* mask, int64_t query, int
   if (special)
     for (int64_t key = 0; key < keys; key += lanes)
       store(scores + key, masked(g, mask, query, key, keys - key, load(scores + key)));
-  if (whole < keys) store(scores + whole, hide_beyond<A>(load(scores + whole), keys - whole));
+  if (whole < keys) store(scores + whole, fill_beyond<A>(load(scores + whole), keys - whole, -A(INFINITY)));
   for (int64_t key = whole + (whole < keys) * lanes; key < end; key += lanes) store(scores + key, hidden);
   Vec<A> largest[2] = {hidden, hidden};
   int64_t key = 0;

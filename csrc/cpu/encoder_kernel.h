@@ -22,7 +22,7 @@ class Encoder {
         rows_(images * args.tokens),
         images_(images),
         lanes_(lanes),
-        limit_(group_rows<C>(args.hidden, 2.4)),
+        limit_(group_rows<C>(args.hidden)),
         // Rows that fit into one cache are shared: each core then reads but its part of the weights.
         wave_(rows_ < lanes * 2 * kTileRows || rows_ <= limit_ ? 1 : lanes),
         groups_(wave_ * ((rows_ + wave_ * limit_ - 1) / (wave_ * limit_))),
@@ -282,10 +282,11 @@ class Encoder {
                  P* out = activated_ + (first + tiles.begin(t)) * n + column;
                  for (int64_t i = 0; i < tiles.height(t); i++, out += n)
                    for (int j = 0; j < kPanelVectors && column + j * kLanesA < n; j++)
-                     store(out + j * kLanesA, Rounded<C>::activate(number(i, j), activation), n - column - j * kLanesA);
+                     store(out + j * kLanesA, Rounded<C>::activated(number(i, j), activation),
+                           n - column - j * kLanesA);
                } else {
                  put_panel<C>(hidden_ + first * row_units<C>(n), tiles, t, column, n, [&](int64_t i, Vec<A>* v) {
-                   for (int j = 0; j < kPanelVectors; j++) v[j] = Rounded<C>::activate(number(i, j), activation);
+                   for (int j = 0; j < kPanelVectors; j++) v[j] = Rounded<C>::activated(number(i, j), activation);
                  });
                }
              });

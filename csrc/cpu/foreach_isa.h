@@ -41,11 +41,9 @@
 #define FASTVIT_ISA_AVX512_BF16 3
 
 #define FASTVIT_ISA FASTVIT_ISA_PORTABLE
-#define FASTVIT_NAMESPACE portable
 namespace fastvit::portable {
 #include FASTVIT_KERNELS
 }
-#undef FASTVIT_NAMESPACE
 #undef FASTVIT_ISA
 
 #if FASTVIT_X86
@@ -57,11 +55,9 @@ namespace fastvit::portable {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#define FASTVIT_NAMESPACE avx2
 namespace fastvit::avx2 {
 #include FASTVIT_KERNELS
 }
-#undef FASTVIT_NAMESPACE
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -77,11 +73,9 @@ namespace fastvit::avx2 {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 #endif
-#define FASTVIT_NAMESPACE avx512
 namespace fastvit::avx512 {
 #include FASTVIT_KERNELS
 }
-#undef FASTVIT_NAMESPACE
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -97,11 +91,9 @@ namespace fastvit::avx512 {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #endif
-#define FASTVIT_NAMESPACE avx512_bf16
 namespace fastvit::avx512_bf16 {
 #include FASTVIT_KERNELS
 }
-#undef FASTVIT_NAMESPACE
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -10,7 +10,7 @@ void gemm(const GemmArgs<T>& g) {
   using A = unit_t<C>;
   if (g.n == 0 || g.m == 0) return;
   const Weight<T> weight(g);
-  const Groups<C> groups(g.m, g.k, 0.5);
+  const Groups<C> groups(g.m, g.k);
   const int64_t row = row_units<C>(g.k), size = groups.rows * row + sums_size<C>(groups.rows);
   const Scratch scratch(thread_count() * size * sizeof(A));
   for_each_unit(groups.count, 2 * groups.count, [&](Team::Worker& worker, int64_t begin, int64_t end) {

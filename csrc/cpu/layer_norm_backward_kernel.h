@@ -15,7 +15,7 @@ void layer_norm_gradients(const LayerNormBackwardArgs<T>& g, int64_t begin, int6
     reduce<A>(width, total, product, [&](int64_t i, int64_t n, Vec<A>& a, Vec<A>& b) {
       const Vec<A> up = load(dy + i, n);
       Vec<A> normal = (load(z + i, n) - mean) * rstd;
-      if (n < lanes) normal = zero_beyond<A>(normal, n);
+      if (n < lanes) normal = fill_beyond<A>(normal, n, 0);
       store(dweight + i, load(dweight + i, n) + up * normal, n);
       store(dbias + i, load(dbias + i, n) + up, n);
       const Vec<A> scaled = g.weight ? up * load(g.weight + i, n) : up;

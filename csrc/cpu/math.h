@@ -104,9 +104,7 @@ FASTVIT_INLINE Vec<A> activate(Vec<A> x, Activation activation) {
 template <class C>
 struct Rounded {
   FASTVIT_INLINE static Vec<C> exp_scaled(Vec<C> x, C scale) { return exp(x * scale); }
-  FASTVIT_INLINE static Vec<C> activate(Vec<C> x, Activation activation) {
-    return FASTVIT_NAMESPACE::activate<C>(x, activation);
-  }
+  FASTVIT_INLINE static Vec<C> activated(Vec<C> x, Activation activation) { return activate<C>(x, activation); }
 };
 
 #if FASTVIT_ISA >= FASTVIT_ISA_AVX512_BF16
@@ -123,9 +121,9 @@ struct Rounded<bfloat16> {
     return _mm512_scalef_ps(p, e - f);
   }
   // x Phi(x) with Phi by an odd polynomial, minimax to 2.5e-5 in the product, 0 and 1 beyond 4.4.
-  FASTVIT_INLINE static Vec<float> activate(Vec<float> x, Activation activation) {
+  FASTVIT_INLINE static Vec<float> activated(Vec<float> x, Activation activation) {
     using V = Vec<float>;
-    if (activation != Activation::gelu) return FASTVIT_NAMESPACE::activate<float>(x, activation);
+    if (activation != Activation::gelu) return activate<float>(x, activation);
     // The other way round these two would lose NaN.
     const V low = _mm512_max_ps(V{} - 4.4f, x), t = _mm512_min_ps(low, V{} + 4.4f), square = t * t;
     V p = fma(V{} + 3.56908517e-11f, square, V{} - 3.75374576e-09f);

@@ -13,7 +13,7 @@ void norm_mlp(const NormMlpArgs<T>& g) {
   const int64_t m = g.fc1.m, width = g.fc1.k, hidden = g.fc1.n, out = g.fc2.n;
   if (m == 0) return;
   const Weight<T> fc1(g.fc1), fc2(g.fc2);
-  const Groups<C> groups(m, hidden, 0.5);
+  const Groups<C> groups(m, hidden);
   const int64_t size = groups.rows * (row_units<C>(width) + row_units<C>(hidden)) + sums_size<C>(groups.rows);
   const Scratch scratch(thread_count() * size * sizeof(A));
   for_each_unit(groups.count, 3 * groups.count, [&](Team::Worker& worker, int64_t begin, int64_t end) {
@@ -39,7 +39,7 @@ void norm_mlp(const NormMlpArgs<T>& g) {
                        [&](int64_t t, int64_t column, const A* values) {
                          put_panel<C>(activated, tiles, t, column, hidden, [&](int64_t i, Vec<A>* v) {
                            preactivation(g.fc1, first + tiles.begin(t) + i, column, values + i * kPanel<C>, v);
-                           for (int j = 0; j < kPanelVectors; j++) v[j] = Rounded<C>::activate(v[j], g.fc1.activation);
+                           for (int j = 0; j < kPanelVectors; j++) v[j] = Rounded<C>::activated(v[j], g.fc1.activation);
                          });
                        });
       });

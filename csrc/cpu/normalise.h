@@ -13,12 +13,6 @@ FASTVIT_INLINE void reduce(int64_t width, A& first, A& second, F f) {
   second = sum_of<A>((b[0] + b[1]) + (b[2] + b[3]));
 }
 
-template <class A>
-FASTVIT_INLINE Vec<A> zero_beyond(Vec<A> v, int64_t n) {
-  for (int64_t i = n; i < kLanes<A>; i++) v[i] = 0;
-  return v;
-}
-
 // The statistics of a row, and its normalised elements a vector at a time; weight and bias may be null.
 template <class T, class P = T>
 struct Normaliser {
@@ -35,7 +29,7 @@ struct Normaliser {
     mean = total / A(d);
     reduce<A>(d, remainder, squares, [&](int64_t i, int64_t n, Vec<A>& a, Vec<A>& b) {
       Vec<A> centred = load(z + i, n) - mean;
-      if (n < kLanes<A>) centred = zero_beyond<A>(centred, n);
+      if (n < kLanes<A>) centred = fill_beyond<A>(centred, n, 0);
       a += centred;
       b += centred * centred;
     });
@@ -52,6 +46,6 @@ struct Normaliser {
     Vec<A> v = ((load(row + i, n) - mean) - shift) * rstd;
     if (weight) v *= load(weight + i, n);
     if (bias) v += load(bias + i, n);
-    return n < kLanes<A> ? zero_beyond<A>(v, n) : v;
+    return n < kLanes<A> ? fill_beyond<A>(v, n, 0) : v;
   }
 };

@@ -136,16 +136,22 @@ FASTVIT_INLINE void store(T* p, Vec<accumulator_t<T>> v, int64_t n) {
   std::memcpy(p, buffer, n * sizeof(T));
 }
 
+// f of all lanes, in pairs.
+template <class A, class F>
+FASTVIT_INLINE A fold(Vec<A> v, const F& f) {
+  A lanes[kLanes<A>];
+  store(lanes, v);
+  for (int width = kLanes<A> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) lanes[i] = f(lanes[i], lanes[i + width]);
+  return lanes[0];
+}
+
 template <class A>
 FASTVIT_INLINE A sum_of(Vec<A> v) {
 #if FASTVIT_ISA >= FASTVIT_ISA_AVX512
   if constexpr (sizeof(A) == 4) return _mm512_reduce_add_ps(v);
 #endif
-  A lanes[kLanes<A>];
-  store(lanes, v);
-  for (int width = kLanes<A> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-  return lanes[0];
+  return fold<A>(v, [](A a, A b) { return a + b; });
 }
 
 template <class A>
@@ -153,11 +159,14 @@ FASTVIT_INLINE A max_of(Vec<A> v) {
 #if FASTVIT_ISA >= FASTVIT_ISA_AVX512
   if constexpr (sizeof(A) == 4) return _mm512_reduce_max_ps(v);
 #endif
-  A lanes[kLanes<A>];
-  store(lanes, v);
-  for (int width = kLanes<A> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  return lanes[0];
+  return fold<A>(v, [](A a, A b) { return a > b ? a : b; });
+}
+
+// The first n lanes, and `value` in the others.
+template <class A>
+FASTVIT_INLINE Vec<A> fill_beyond(Vec<A> v, int64_t n, A value) {
+  for (int64_t i = n; i < kLanes<A>; i++) v[i] = value;
+  return v;
 }
 
 // Numbers in [0, 255], rounded to nearest even, as bytes; others saturate.

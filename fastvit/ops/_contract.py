@@ -124,12 +124,14 @@ def register(
     name: str,
     forward: Callable[..., Any],
     fake: Callable[..., Any],
-    backward: Callable[..., Any],
-    backward_fake: Callable[..., Any],
-    setup_context: Callable[..., None],
-    autograd: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    backward_fake: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    autograd: Callable[..., Any] | None = None,
 ) -> tuple[Any, Any]:
     """Register ``fastvit::<name>`` and ``fastvit::<name>_backward`` with fakes and the autograd formula.
+
+    Without ``backward`` the op is for inference alone, and there is no second one.
 
     Args:
         forward, backward: functions annotated with the operator's schema, the backend's name last.
@@ -138,6 +140,8 @@ def register(
     """
     forward_op = torch.library.custom_op(f"fastvit::{name}", forward, mutates_args=())
     forward_op.register_fake(fake)
+    if backward is None or backward_fake is None or autograd is None:
+        return forward_op, None
     inputs = len(inspect.signature(forward).parameters)
 
     def unless_unused(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

@@ -49,44 +49,6 @@ def reference(
     return out.transpose(1, 2)
 
 
-def reference_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    *_options: object,
-) -> tuple[None, None, None, None]:
-    """Write the gradients into dq, dk, dv, views of any strides; fp32 inside. No kernel that uses this has the options.
-
-    P = exp(scale QKᵀ + mask - lse), dV = Pᵀ dO, dS = P * (dO Vᵀ - Σ_e dO O), dQ = scale dS K, dK = scale dSᵀ Q.
-    """
-    k, v = _hide_dead_keys(k, v, mask)
-    wide = lse.dtype
-    qw, kw, vw = (t.to(wide) for t in (q, k, v))
-    grad = dout.transpose(1, 2).to(wide)
-    scores = (qw @ kw.transpose(-2, -1)) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(wide)
-    if causal:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~visible, -math.inf)
-    p = torch.exp(scores - lse[..., None]).masked_fill(lse[..., None] == -math.inf, 0)
-    delta = (grad * out.transpose(1, 2).to(wide)).sum(-1, keepdim=True)
-    ds = p * (grad @ vw.transpose(-2, -1) - delta) * scale
-    dq.copy_(ds @ kw)
-    dk.copy_(ds.transpose(-2, -1) @ qw)
-    dv.copy_(p.transpose(-2, -1) @ grad)
-    return None, None, None, None
-
-
 def _forward(
     q: Tensor,
     k: Tensor | None,
@@ -141,7 +103,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     norms = (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias, q_eps, k_eps)
-    launch = contract.backward_launcher("attention", backend, reference_backward)
+    launch = backends.implementation("attention", backend).backward
     grads = _empty_gradients(q, k, v)
     views = unpack(*grads) if k is not None else unpack(grads[0], None, None)
     queries, keys, values = unpack(q, k, v)

@@ -64,8 +64,7 @@ def _fake(x, parameters, eps, num_heads, scale, activation, compute, int8, backe
     return x.new_empty(x.shape)
 
 
-_op = torch.library.custom_op("fastvit::encoder", _forward, mutates_args=())
-_op.register_fake(_fake)
+_op, _ = contract.register("encoder", _forward, _fake)
 
 
 def prepare_encoder(x, blocks, num_heads, *, scale=None, activation="gelu"):
@@ -144,7 +143,7 @@ def run_encoder(x, parameters, eps, num_heads, scale, activation, int8=()) -> Te
         int8: empty, or for each block whether qkv, proj, fc1 and fc2 are int8; the other products then are bfloat16.
     """
     args = (x, parameters, eps, num_heads, scale, activation, "bfloat16" if int8 else _compute(x), int8)
-    if contract.needs_grad(x, *parameters) or any(p is not None and p.dtype != x.dtype for p in parameters[2:3]):
+    if contract.needs_grad(x, *parameters):
         return None
     backend = backends.serving("encoder", *args)
     if backend in (None, "reference"):
