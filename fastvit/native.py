@@ -125,7 +125,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     # half of the peak on AMD processors.
     if a.dtype == torch.bfloat16:
         return torch.matmul(a, b)
-    return torch.ops.fastvit_native.matmul(*(t if 1 in t.stride() else t.contiguous() for t in (a, b)))
+    return torch.ops.fastvit_native.matmul(*(t if 1 in t.stride() else t.contiguous() for t in (a, b)))[0]
 
 
 def _layer_norm_backward(*args: Any) -> tuple[torch.Tensor, ...]:
@@ -182,6 +182,92 @@ class Encoder(Launcher):
         return torch.ops.fastvit_native.encoder(x.contiguous(), packed, eps, heads, scale, activation)
 
 
+def _heads(qkv: torch.Tensor, batch: int, num_heads: int) -> tuple[torch.Tensor, ...]:
+    """q, k and v (B, H, N, E) as views of the packed rows (B·N, 3·D)."""
+    return qkv.view(batch, qkv.shape[0] // max(batch, 1), 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+@dataclass(frozen=True)
+class Block(Launcher):
+    """The launcher of a training block: float32 tokens and parameters, products in float32 or, under autocast, bfloat16.
+
+    bfloat16 copies of weights are never made: the products pack them from float32.
+    """
+
+    def why_not(self, *args: Any) -> str | None:
+        x, compute, parameters = args[0], args[-1], args[1:15]
+        if any(t is not None and t.dtype != torch.float32 for t in (x, *parameters)):
+            return "cpu block takes float32 tokens and parameters"
+        if compute not in ("float32", "bfloat16"):
+            return f"cpu block computes in float32 and bfloat16, got {compute}"
+        return super().why_not(*args)
+
+    def forward(self, *args: Any) -> list[torch.Tensor]:
+        _require()
+        x, nw1, nb1, qkv_w, qkv_b, proj_w, proj_b, ls1, nw2, nb2, fc1_w, fc1_b, fc2_w, fc2_b, ls2 = args[:15]
+        eps, num_heads, scale, activation, compute = args[15:]
+        native, low = torch.ops.fastvit_native, compute == "bfloat16"
+        rows = x.reshape(-1, x.shape[-1])
+        n1, _, mean1, rstd1 = native.layer_norm(rows, None, None, nw1, nb1, eps[0], low)
+        qkv, _ = native.linear(n1, qkv_w, qkv_b, None, None, "none", False, None)
+        heads, lse = native.attention(*_heads(qkv, x.shape[0], num_heads), None, False, scale)
+        heads = heads.view(rows.shape)
+        mid, _ = native.linear(heads, proj_w, proj_b, ls1, rows, "none", False, None)
+        n2, _, mean2, rstd2 = native.layer_norm(mid, None, None, nw2, nb2, eps[1], low)
+        hidden, preact = native.linear(n2, fc1_w, fc1_b, None, None, activation, True, None)
+        y, _ = native.linear(hidden, fc2_w, fc2_b, ls2, mid, "none", False, None)
+        return [y.view(x.shape), n1, qkv, heads, lse, mid, n2, preact, mean1, rstd1, mean2, rstd2]
+
+    def backward(self, dy: torch.Tensor, wanted: list[bool], *args: Any) -> list[torch.Tensor | None]:
+        """The gradients of x and of the parameters, None for those that are not wanted."""
+        x, nw1, _, qkv_w, _, proj_w, proj_b, ls1, nw2, _, fc1_w, _, fc2_w, fc2_b, ls2 = args[:15]
+        (n1, qkv, heads, lse, mid, n2, preact, mean1, rstd1, mean2, rstd2), num_heads, scale, activation = args[15:]
+        native, rows = torch.ops.fastvit_native, x.reshape(-1, x.shape[-1])
+        d = dy.view(rows.shape)
+        up = d.to(n1.dtype) if ls2 is None else (d * ls2).to(n1.dtype)
+        dpreact, hidden = native.matmul(up, fc2_w, preact, activation)
+        dfc2 = _branch_gradients(d, hidden, fc2_w, fc2_b, ls2, wanted[12:15])
+        dfc1 = _branch_gradients(dpreact, n2, fc1_w, None, None, (*wanted[10:12], False))
+        dn2 = native.matmul(dpreact, fc1_w)[0]
+        d, _, _, dnw2, dnb2 = native.layer_norm_backward(dn2, d, mid, mean2, rstd2, nw2, None, None)
+        up = d.to(n1.dtype) if ls1 is None else (d * ls1).to(n1.dtype)
+        dproj = _branch_gradients(d, heads, proj_w, proj_b, ls1, wanted[5:8])
+        dheads = native.matmul(up, proj_w)[0].view(x.shape[0], x.shape[1], num_heads, -1)
+        dqkv = torch.empty_like(qkv)
+        grads, views = _heads(dqkv, x.shape[0], num_heads), _heads(qkv, x.shape[0], num_heads)
+        native.attention_backward(dheads, *views, heads.view(dheads.shape), lse, *grads, None, False, scale)
+        dqkv_parts = _branch_gradients(dqkv, n1, qkv_w, None, None, (*wanted[3:5], False))
+        dn1 = native.matmul(dqkv, qkv_w)[0]
+        dx, _, _, dnw1, dnb1 = native.layer_norm_backward(dn1, d, rows, mean1, rstd1, nw1, None, None)
+        found = [dx.view(x.shape), dnw1, dnb1, *dqkv_parts[:2], *dproj, dnw2, dnb2, *dfc1[:2], *dfc2]
+        return [gradient if need else None for gradient, need in zip(found, wanted, strict=True)]
+
+
+def _branch_gradients(
+    d: torch.Tensor,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    layer_scale: torch.Tensor | None,
+    wanted: Any,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The float32 gradients of weight, bias and LayerScale γ in γ (rows Wᵀ + b), d being that of the result.
+
+    The result itself is not kept: with G = dᵀ rows, dγ = Σ_k W G + b Σ d and dW = γ G.
+    """
+    scaled = layer_scale is not None and wanted[2]
+    G = matmul(d.to(rows.dtype).t(), rows).float() if wanted[0] or scaled else None
+    total = torch.ops.fastvit_native.column_sum(d) if wanted[1] or scaled else None
+    if layer_scale is None:
+        return G, total, None
+    dscale = None
+    if scaled:
+        assert G is not None and total is not None
+        dscale = (weight * G).sum(1) if bias is None else (weight * G).sum(1) + bias * total
+    G = None if G is None else G * layer_scale[:, None]
+    return G, None if total is None else total * layer_scale, dscale
+
+
 cpu = SimpleNamespace(
     linear=Product("linear", "cpu", ("product", "column_sum")),
     norm_mlp=Product("norm_mlp", "cpu", ("product", "column_sum", "norm_backward")),
@@ -189,5 +275,6 @@ cpu = SimpleNamespace(
     layer_norm=LayerNorm("layer_norm", "cpu"),
     attention=Attention("attention", "cpu"),
     encoder=Encoder("encoder", "cpu"),
+    block=Block("block", "cpu"),
 )
 cuda = SimpleNamespace(layer_norm=Launcher("layer_norm", "cuda"))

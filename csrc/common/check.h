@@ -26,6 +26,11 @@ inline void check_like(const Tensor& t, const Tensor& like, ScalarType dtype, co
                 ", got ", torch::headeronly::toString(t.scalar_type()));
 }
 
+// Whether bfloat16 tensors meet float32 parameters.
+inline bool is_autocast(const Tensor& t, const Tensor& parameter) {
+  return t.scalar_type() == ScalarType::BFloat16 && parameter.scalar_type() == ScalarType::Float;
+}
+
 // A matrix whose rows are contiguous and any stride apart.
 template <class T>
 struct Rows {

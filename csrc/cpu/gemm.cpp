@@ -5,14 +5,17 @@
 
 namespace fastvit {
 
-template <class T>
-void gemm(const GemmArgs<T>& args) {
-  FASTVIT_SELECT(gemm<T>)(args);
+template <class T, class V, class Y>
+void gemm(const GemmArgs<T, V, Y>& args) {
+  FASTVIT_SELECT(gemm<T, V, Y>)(args);
 }
 
 template void gemm(const GemmArgs<float>&);
 template void gemm(const GemmArgs<double>&);
 template void gemm(const GemmArgs<bfloat16>&);
 template void gemm(const GemmArgs<float16>&);
+template void gemm(const GemmArgs<bfloat16, float, bfloat16>&);
+template void gemm(const GemmArgs<bfloat16, float, float>&);
+template void gemm(const GemmArgs<bfloat16, bfloat16, float>&);
 
 }  // namespace fastvit

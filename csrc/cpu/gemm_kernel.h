@@ -4,12 +4,12 @@
 #include "cpu/product.h"
 #include "cpu/epilogue.h"
 
-template <class T>
-void gemm(const GemmArgs<T>& g) {
+template <class T, class V, class Y>
+void gemm(const GemmArgs<T, V, Y>& g) {
   using C = compute_t<T>;
   using A = unit_t<C>;
   if (g.n == 0 || g.m == 0) return;
-  const Weight<T> weight(g);
+  const Weight<T, V> weight(g);
   const Groups<C> groups(g.m, g.k);
   const int64_t row = row_units<C>(g.k), size = groups.rows * row + sums_size<C>(groups.rows);
   const Scratch scratch(thread_count() * size * sizeof(A));

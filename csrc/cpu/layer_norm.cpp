@@ -10,15 +10,16 @@
 
 namespace fastvit {
 
-template <class T>
-void layer_norm_rows(const LayerNormArgs<T>& args, int64_t begin, int64_t end) {
-  FASTVIT_SELECT(layer_norm_rows<T>)(args, begin, end);
+template <class T, class Y>
+void layer_norm_rows(const LayerNormArgs<T, Y>& args, int64_t begin, int64_t end) {
+  FASTVIT_SELECT(layer_norm_rows<T, Y>)(args, begin, end);
 }
 
 template void layer_norm_rows(const LayerNormArgs<float>&, int64_t, int64_t);
 template void layer_norm_rows(const LayerNormArgs<double>&, int64_t, int64_t);
 template void layer_norm_rows(const LayerNormArgs<bfloat16>&, int64_t, int64_t);
 template void layer_norm_rows(const LayerNormArgs<float16>&, int64_t, int64_t);
+template void layer_norm_rows(const LayerNormArgs<float, bfloat16>&, int64_t, int64_t);
 
 namespace {
 
@@ -26,20 +27,24 @@ constexpr const char* kOp = "layer_norm";
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const OptionalTensor& residual,
                                                       const OptionalTensor& layer_scale, const OptionalTensor& weight,
-                                                      const OptionalTensor& bias, double eps) {
+                                                      const OptionalTensor& bias, double eps, bool to_bfloat16) {
   FASTVIT_CHECK(x.dim() == 2, kOp, ": x must have shape (M, D)");
   FASTVIT_CHECK(residual || !layer_scale, kOp, ": layer_scale needs a residual");
   const int64_t m = x.size(0), width = x.size(1);
-  Tensor y = empty(x, {m, width});
+  const bool mixed = to_bfloat16 && x.scalar_type() == ScalarType::Float;
+  FASTVIT_CHECK(mixed || !to_bfloat16 || x.scalar_type() == ScalarType::BFloat16, kOp,
+                ": only float32 rows become bfloat16");
+  Tensor y = empty(x, {m, width}, mixed ? ScalarType::BFloat16 : x.scalar_type());
   Tensor z = residual ? empty(x, {m, width}) : empty(x, {0});
   Tensor mean = empty(x, {m}, statistics_dtype(x));
   Tensor rstd = empty(x, {m}, statistics_dtype(x));
-  dispatch(x, kOp, [&](auto tag) {
+  const auto run = [&](auto tag, auto y_tag) {
     using T = decltype(tag);
+    using Y = decltype(y_tag);
     using A = accumulator_t<T>;
     const Rows<T> x_rows = rows<T>(x, m, width, x, kOp, "x");
     const Rows<T> residual_rows = rows<T>(residual, m, width, x, kOp, "residual");
-    LayerNormArgs<T> args;
+    LayerNormArgs<T, Y> args;
     args.x = x_rows.data;
     args.x_stride = x_rows.stride;
     args.residual = residual_rows.data;
@@ -49,14 +54,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Opt
     args.bias = vector<T>(bias, width, x, kOp, "bias");
     args.width = width;
     args.eps = eps;
-    args.y = data<T>(y);
+    args.y = data<Y>(y);
     args.y_stride = width;
     args.z = data<T>(z);
     args.mean = data<A>(mean);
     args.rstd = data<A>(rstd);
     const int64_t grain = 16384 / (width + 1) + 1;
     parallel_for(m, grain, [&](int64_t begin, int64_t end) { layer_norm_rows(args, begin, end); });
-  });
+  };
+  if (mixed)
+    run(float{}, bfloat16{});
+  else
+    dispatch(x, kOp, [&](auto tag) { run(tag, tag); });
   return {y, z, mean, rstd};
 }
 

@@ -9,10 +9,11 @@
 namespace fastvit {
 
 // d = rstd (h - E[h] - n E[h n]) + dz with h = dy weight and n = (z - mean) rstd; dx = d layer_scale.
-template <class T>
+// Under autocast dy comes out of a product and is narrower (G) than the rows.
+template <class T, class G = T>
 struct LayerNormBackwardArgs {
   using A = accumulator_t<T>;
-  const T* dy = nullptr;
+  const G* dy = nullptr;
   int64_t dy_stride = 0;
   const T* dz = nullptr;
   int64_t dz_stride = 0;
@@ -53,13 +54,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Ten
   Tensor dx = layer_scale ? empty(z, {m, width}) : empty(z, {0});
   Tensor dlayer_scale = layer_scale ? empty(z, {width}) : empty(z, {0});
   Tensor dweight = empty(z, {width}), dbias = empty(z, {width});
-  dispatch(z, kOp, [&](auto tag) {
+  const auto run = [&](auto tag, auto dy_tag) {
     using T = decltype(tag);
+    using G = decltype(dy_tag);
     using A = accumulator_t<T>;
-    const Rows<T> dy_rows = rows<T>(dy, m, width, z, kOp, "dy"), dz_rows = rows<T>(dz, m, width, z, kOp, "dz");
+    const Rows<G> dy_rows = rows<G>(dy, m, width, dy, kOp, "dy");
+    const Rows<T> dz_rows = rows<T>(dz, m, width, z, kOp, "dz");
     const Rows<T> z_rows = rows<T>(z, m, width, z, kOp, "z");
     const Rows<T> x_rows = layer_scale ? rows<T>(x, m, width, z, kOp, "x") : Rows<T>{};
-    LayerNormBackwardArgs<T> args;
+    LayerNormBackwardArgs<T, G> args;
     args.dy = dy_rows.data;
     args.dy_stride = dy_rows.stride;
     args.dz = dz_rows.data;
@@ -79,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Ten
     const Scratch scratch(parts * 3 * width * sizeof(A));
     A* const sums = scratch.as<A>();
     std::fill(sums, sums + parts * 3 * width, A(0));
-    const auto rows_of = FASTVIT_SELECT(layer_norm_gradients<T>);
+    const auto rows_of = FASTVIT_SELECT(layer_norm_gradients<T, G>);
     parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; p++) rows_of(args, m * p / parts, m * (p + 1) / parts, sums + p * 3 * width);
     });
@@ -89,7 +92,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Ten
     round(sums, width, data<T>(dweight));
     round(sums + width, width, data<T>(dbias));
     if (layer_scale) round(sums + 2 * width, width, data<T>(dlayer_scale));
-  });
+  };
+  if (is_autocast(dy, z))
+    run(float{}, bfloat16{});
+  else
+    dispatch(z, kOp, [&](auto tag) {
+      check_like(dy, z, z.scalar_type(), kOp, "dy");
+      run(tag, tag);
+    });
   return {d, dx, dlayer_scale, dweight, dbias};
 }
 

@@ -2,14 +2,15 @@
 #include "cpu/normalise.h"
 
 // The gradients of the rows [begin, end); what is summed over rows goes into sums, of 3 * width, which starts at 0.
-template <class T>
-void layer_norm_gradients(const LayerNormBackwardArgs<T>& g, int64_t begin, int64_t end, accumulator_t<T>* sums) {
+template <class T, class G>
+void layer_norm_gradients(const LayerNormBackwardArgs<T, G>& g, int64_t begin, int64_t end, accumulator_t<T>* sums) {
   using A = accumulator_t<T>;
   constexpr int lanes = kLanes<A>;
   const int64_t width = g.width;
   A *dweight = sums, *dbias = sums + width, *dlayer_scale = sums + 2 * width;
   for (int64_t row = begin; row < end; row++) {
-    const T *dy = g.dy + row * g.dy_stride, *z = g.z + row * g.z_stride;
+    const G* dy = g.dy + row * g.dy_stride;
+    const T* z = g.z + row * g.z_stride;
     const A mean = g.mean[row], rstd = g.rstd[row];
     A total, product;
     reduce<A>(width, total, product, [&](int64_t i, int64_t n, Vec<A>& a, Vec<A>& b) {

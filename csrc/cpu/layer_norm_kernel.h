@@ -1,8 +1,8 @@
 #include "cpu/simd.h"
 #include "cpu/normalise.h"
 
-template <class T>
-void layer_norm_rows(const LayerNormArgs<T>& args, int64_t begin, int64_t end) {
+template <class T, class Y>
+void layer_norm_rows(const LayerNormArgs<T, Y>& args, int64_t begin, int64_t end) {
   using A = accumulator_t<T>;
   constexpr int lanes = kLanes<A>;
   const int64_t width = args.width;
@@ -22,7 +22,7 @@ void layer_norm_rows(const LayerNormArgs<T>& args, int64_t begin, int64_t end) {
     const Normaliser<T> normalise(z, width, args.eps, args.weight, args.bias);
     if (args.mean) args.mean[row] = normalise.mean + normalise.shift;
     if (args.rstd) args.rstd[row] = normalise.rstd;
-    T* y = args.y + row * args.y_stride;
+    Y* y = args.y + row * args.y_stride;
     for (int64_t i = 0; i < width; i += lanes) store(y + i, normalise(i), width - i);
   }
 }

@@ -57,10 +57,14 @@ FASTVIT_INLINE Vec<float> reciprocal(Vec<float> x) {
 // x Phi(x) through the upper tail Q(t) = exp(-t^2/2) R(t), t = |x|, so that the relative error stays at fp32 rounding
 // where Phi itself vanishes. (t + 2.5) R(t) is a polynomial in (t - 2.5) / (t + 2.5), minimax to 1.5e-8 on [0, 14.5].
 // Beyond t = 12.9 the tail is close to the denormals, which cost three times as much: it is 0 from there on.
-FASTVIT_INLINE Vec<float> gelu(Vec<float> x) {
+constexpr float kGeluEnd = 12.9f;
+
+FASTVIT_INLINE Vec<float> magnitude(Vec<float> x) { return bit_cast<Vec<float>>(bit_cast<VecU>(x) & 0x7fffffffu); }
+
+// Q(t), and exp(-t^2/2), of t >= 0.
+FASTVIT_INLINE Vec<float> upper_tail(Vec<float> t, Vec<float>& bell) {
   using V = Vec<float>;
-  V t = bit_cast<V>(bit_cast<VecU>(x) & 0x7fffffffu);
-  V bounded = t > 12.9f ? V{} + 12.9f : t;
+  V bounded = t > kGeluEnd ? V{} + kGeluEnd : t;
   V inverse = reciprocal(bounded + 2.5f);
   V q = (bounded - 2.5f) * inverse;
   V p = V{} - 0.00015726718993391842f;
@@ -75,14 +79,33 @@ FASTVIT_INLINE Vec<float> gelu(Vec<float> x) {
   p = fma(p, q, V{} + 0.7066566348075867f);
   V square = bounded * bounded;
   V lost = fma(bounded, bounded, -square);
-  V tail = exp(square * -0.5f) * fma(lost, V{} - 0.5f, V{} + 1.0f) * p * inverse;
-  V small = t * (t > 12.9f ? V{} : tail);
+  bell = exp(square * -0.5f) * fma(lost, V{} - 0.5f, V{} + 1.0f);
+  return t > kGeluEnd ? V{} : bell * p * inverse;
+}
+
+FASTVIT_INLINE Vec<float> gelu(Vec<float> x) {
+  Vec<float> bell;
+  const Vec<float> t = magnitude(x), small = t * upper_tail(t, bell);
   // inf * 0 must not appear for +inf (it must for -inf, as in eager).
-  return x > 12.9f ? x : (x >= 0.0f ? x - small : -small);
+  return x > kGeluEnd ? x : (x >= 0.0f ? x - small : -small);
+}
+
+// Its derivative, Phi(x) + x phi(x).
+FASTVIT_INLINE Vec<float> gelu_slope(Vec<float> x) {
+  Vec<float> bell;
+  const Vec<float> t = magnitude(x), tail = upper_tail(t, bell);
+  const Vec<float> rest = tail - t * bell * 0.398942280401432678f;
+  return t > kGeluEnd ? (x > 0.0f ? Vec<float>{} + 1.0f : Vec<float>{}) : (x >= 0.0f ? 1.0f - rest : rest);
 }
 
 FASTVIT_INLINE Vec<double> gelu(Vec<double> x) {
   return per_lane(x, [](double v) { return 0.5 * v * ::erfc(-v * 0.70710678118654752440); });
+}
+
+FASTVIT_INLINE Vec<double> gelu_slope(Vec<double> x) {
+  return per_lane(x, [](double v) {
+    return 0.5 * ::erfc(-v * 0.70710678118654752440) + v * ::exp(-0.5 * v * v) * 0.398942280401432678;
+  });
 }
 
 template <class A>
@@ -98,6 +121,26 @@ FASTVIT_INLINE Vec<A> activate(Vec<A> x, Activation activation) {
     default:
       return x;
   }
+}
+
+// activation(x), and its derivative.
+template <class A>
+FASTVIT_INLINE Vec<A> activate_with_slope(Vec<A> x, Activation activation, Vec<A>& slope) {
+  const bool tanh = activation == Activation::gelu_tanh;
+  if (activation == Activation::gelu) {
+    slope = gelu_slope(x);
+    return gelu(x);
+  }
+  if (activation == Activation::none) {
+    slope = Vec<A>{} + A(1);
+    return x;
+  }
+  const Vec<A> square = x * x;
+  const Vec<A> argument = tanh ? A(1.5957691216057308) * (x + A(0.044715) * square * x) : A(1.702) * x;
+  const Vec<A> gate = sigmoid_times<A>(Vec<A>{} + A(1), argument);
+  const Vec<A> inner = tanh ? A(1.5957691216057308) * (A(1) + A(3 * 0.044715) * square) : Vec<A>{} + A(1.702);
+  slope = gate * (A(1) + x * inner * (A(1) - gate));
+  return x * gate;
 }
 
 // The same functions for a result that is rounded to C.

@@ -1,5 +1,8 @@
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+#include <tuple>
+
 #include "common/check.h"
 #include "cpu/kernels.h"
 
@@ -17,30 +20,47 @@ bool by_columns(const Tensor& t, const char* name, int64_t& stride) {
   return !rows;
 }
 
-// a b, sums in float32 (float64 for float64), rounded once.
-Tensor matmul(const Tensor& a, const Tensor& b) {
+// a b, sums in float32 (float64 for float64), rounded once; b may be a float32 parameter of bfloat16 rows a. With
+// preact it is the product of a backward pass: activation'(preact) * (a b), and activation(preact).
+std::tuple<Tensor, Tensor> matmul(const Tensor& a, const Tensor& b, const OptionalTensor& preact,
+                                  const std::string& activation) {
   int64_t a_stride, b_stride;
   const bool a_columns = by_columns(a, "a", a_stride), b_columns = by_columns(b, "b", b_stride);
-  check_like(b, a, a.scalar_type(), kOp, "b");
   FASTVIT_CHECK(a.size(1) == b.size(0), kOp, ": a's columns must be as many as b's rows");
-  Tensor y = empty(a, {a.size(0), b.size(1)});
-  dispatch(a, kOp, [&](auto tag) {
+  const int64_t m = a.size(0), n = b.size(1);
+  Tensor y = empty(a, {m, n});
+  Tensor activated = preact ? empty(a, {m, n}) : empty(a, {0});
+  const auto run = [&](auto tag, auto parameter_tag) {
     using T = decltype(tag);
-    GemmArgs<T> args;
+    using V = decltype(parameter_tag);
+    const Rows<T> preact_rows = rows<T>(preact, m, n, a, kOp, "preact");
+    GemmArgs<T, V, T> args;
     args.x = static_cast<const T*>(a.const_data_ptr());
     args.x_stride = a_stride;
     args.x_by_columns = a_columns;
-    args.weight = static_cast<const T*>(b.const_data_ptr());
+    args.weight = static_cast<const V*>(b.const_data_ptr());
     args.weight_stride = b_stride;
     args.weight_by_columns = !b_columns;
-    args.m = a.size(0);
-    args.n = b.size(1);
+    args.m = m;
+    args.n = n;
     args.k = a.size(1);
+    args.activation = parse_activation(activation, kOp);
+    args.slope_at = preact_rows.data;
+    args.slope_at_stride = preact_rows.stride;
+    args.activated = data<T>(activated);
     args.y = data<T>(y);
-    args.y_stride = args.n;
+    args.y_stride = n;
     gemm(args);
-  });
-  return y;
+  };
+  FASTVIT_CHECK(preact || activation == "none", kOp, ": an activation needs its preact");
+  if (is_autocast(a, b))
+    run(bfloat16{}, float{});
+  else
+    dispatch(a, kOp, [&](auto tag) {
+      check_like(b, a, a.scalar_type(), kOp, "b");
+      run(tag, tag);
+    });
+  return {y, activated};
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import backends
 from . import _contract as contract
 from .attention import attention_packed
+from .block import run_block
 from .layer_norm import layer_norm
 from .linear import linear
 from .norm_mlp import norm_mlp
@@ -144,13 +145,23 @@ def run_encoder(x, parameters, eps, num_heads, scale, activation, int8=()) -> Te
     """
     args = (x, parameters, eps, num_heads, scale, activation, "bfloat16" if int8 else _compute(x), int8)
     if contract.needs_grad(x, *parameters):
-        return None
+        return _train(*args)
     backend = backends.serving("encoder", *args)
     if backend in (None, "reference"):
         return None
     if torch.compiler.is_compiling():
         return _op(*args, backend)
     return _forward(*args, backend)  # what the dispatcher does with hundreds of tensors takes longer than many a block
+
+
+def _train(x, parameters, eps, num_heads, scale, activation, compute, int8) -> Tensor | None:
+    for i in range(len(eps) // 2):
+        block, its_eps = parameters[TENSORS * i : TENSORS * (i + 1)], eps[2 * i : 2 * i + 2]
+        y = None if int8 else run_block(x, block, its_eps, num_heads, scale, activation, compute)
+        if y is None and i == 0:
+            return None
+        x = _one_by_one(x, EncoderBlock(*block, *its_eps), num_heads, scale, activation) if y is None else y
+    return x
 
 
 def _one_by_one(x: Tensor, block: EncoderBlock, num_heads: int, scale: float, activation: str | None) -> Tensor:
