@@ -221,10 +221,10 @@ class Encoder {
       Vec<float> bias[kPanelVectors] = {};
       for (int j = 0; j < kPanelVectors && linear.bias; j++)
         bias[j] = load_at(linear.bias, p * kPanel<L> + j * kLanesA, w.n);
-      multiply_panel(x, static_cast<const unit_t<L>*>(w.panels) + p * size, p * kPanel<L>, w.n,
-                     reinterpret_cast<unit_t<L>*>(sums_), [&](int64_t t, int64_t column, const unit_t<L>* values) {
-                       f(group, tiles, t, column, values, bias);
-                     });
+      multiply_panel(
+          x, static_cast<const unit_t<L>*>(w.panels) + p * size, p * kPanel<L>, w.n,
+          reinterpret_cast<unit_t<L>*>(sums_), [](int64_t, int64_t) {},
+          [&](int64_t t, int64_t column, const unit_t<L>* values) { f(group, tiles, t, column, values, bias); });
     });
   }
 

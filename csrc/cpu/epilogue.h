@@ -75,6 +75,20 @@ FASTVIT_INLINE void epilogue_tile(const GemmArgs<T, V, Y>& g, int64_t row, int64
   });
 }
 
+// Begins to fetch what epilogue_tile touches.
+template <class T, class V, class Y>
+FASTVIT_INLINE void fetch_tile(const GemmArgs<T, V, Y>& g, int64_t row, int64_t count, int64_t column) {
+  const int64_t bytes = kPanel<compute_t<T>> * sizeof(Y);
+  if (g.gap == 0) fetch_rows(g.y + row * g.y_stride + column, g.y_stride * sizeof(Y), count, bytes);
+  if (g.preact) fetch_rows(g.preact + row * g.preact_stride + column, g.preact_stride * sizeof(Y), count, bytes);
+  if (g.residual && g.residual_period == INT64_MAX)
+    fetch_rows(g.residual + row * g.residual_stride + column, g.residual_stride * sizeof(Y), count, bytes);
+  if (g.slope_at) {
+    fetch_rows(g.slope_at + row * g.slope_at_stride + column, g.slope_at_stride * sizeof(Y), count, bytes);
+    fetch_rows(g.activated + row * g.n + column, g.n * sizeof(Y), count, bytes);
+  }
+}
+
 // The panels of a weight: those it came with, or its own.
 template <class T, class V = T>
 class Weight {

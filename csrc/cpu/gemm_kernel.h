@@ -27,10 +27,12 @@ void gemm(const GemmArgs<T, V, Y>& g) {
           pack_lines<C>(g.x + at * g.x_stride, g.x_stride, tiles.height(t), g.k, lines + tiles.begin(t) * row);
       });
       worker.each(panels_of<C>(g.n), [&](int64_t p) {
-        multiply_panel(Lines<C>{lines, tiles, g.k}, weight.panel(p), p * kPanel<C>, g.n, sums,
-                       [&](int64_t t, int64_t column, const A* values) {
-                         epilogue_tile(g, first + tiles.begin(t), tiles.height(t), column, values);
-                       });
+        multiply_panel(
+            Lines<C>{lines, tiles, g.k}, weight.panel(p), p * kPanel<C>, g.n, sums,
+            [&](int64_t t, int64_t column) { fetch_tile(g, first + tiles.begin(t), tiles.height(t), column); },
+            [&](int64_t t, int64_t column, const A* values) {
+              epilogue_tile(g, first + tiles.begin(t), tiles.height(t), column, values);
+            });
       });
     }
   });

@@ -35,22 +35,24 @@ void norm_mlp(const NormMlpArgs<T>& g) {
         }
       });
       worker.each(panels_of<C>(hidden), [&](int64_t p) {
-        multiply_panel(Lines<C>{normed, tiles, width}, fc1.panel(p), p * kPanel<C>, hidden, sums,
-                       [&](int64_t t, int64_t column, const A* values) {
-                         with_epilogue(g.fc1, column, [&](const auto& epilogue) {
-                           put_panel<C>(activated, tiles, t, column, hidden, [&](int64_t i, Vec<A>* v) {
-                             epilogue.preactivation(first + tiles.begin(t) + i, values + i * kPanel<C>, v);
-                             for (int j = 0; j < kPanelVectors; j++)
-                               v[j] = Rounded<C>::activated(v[j], g.fc1.activation);
-                           });
-                         });
-                       });
+        multiply_panel(
+            Lines<C>{normed, tiles, width}, fc1.panel(p), p * kPanel<C>, hidden, sums, [](int64_t, int64_t) {},
+            [&](int64_t t, int64_t column, const A* values) {
+              with_epilogue(g.fc1, column, [&](const auto& epilogue) {
+                put_panel<C>(activated, tiles, t, column, hidden, [&](int64_t i, Vec<A>* v) {
+                  epilogue.preactivation(first + tiles.begin(t) + i, values + i * kPanel<C>, v);
+                  for (int j = 0; j < kPanelVectors; j++) v[j] = Rounded<C>::activated(v[j], g.fc1.activation);
+                });
+              });
+            });
       });
       worker.each(panels_of<C>(out), [&](int64_t p) {
-        multiply_panel(Lines<C>{activated, tiles, hidden}, fc2.panel(p), p * kPanel<C>, out, sums,
-                       [&](int64_t t, int64_t column, const A* values) {
-                         epilogue_tile(g.fc2, first + tiles.begin(t), tiles.height(t), column, values);
-                       });
+        multiply_panel(
+            Lines<C>{activated, tiles, hidden}, fc2.panel(p), p * kPanel<C>, out, sums,
+            [&](int64_t t, int64_t column) { fetch_tile(g.fc2, first + tiles.begin(t), tiles.height(t), column); },
+            [&](int64_t t, int64_t column, const A* values) {
+              epilogue_tile(g.fc2, first + tiles.begin(t), tiles.height(t), column, values);
+            });
       });
     }
   });

@@ -26,10 +26,18 @@ int64_t sums_size(int64_t rows) {
   return (rows + kTileRows) * kPanel<C>;
 }
 
-// One panel of a weight with the rows of a group; epilogue(tile, column, sums) gets kPanel sums of each row of a tile.
-template <class C, class E>
+// Begins to fetch, for writing, what an epilogue will touch: `bytes` of each row.
+FASTVIT_INLINE void fetch_rows(const void* first, int64_t stride_bytes, int64_t rows, int64_t bytes) {
+  const char* p = static_cast<const char*>(first);
+  for (int64_t i = 0; i < rows; i++, p += stride_bytes)
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 1, 3);
+}
+
+// One panel of a weight with the rows of a group; epilogue(tile, column, sums) gets kPanel sums of each row of a tile,
+// and soon(tile, column) says beforehand that it will.
+template <class C, class S, class E>
 FASTVIT_INLINE void multiply_panel(const Lines<C>& x, const unit_t<C>* panel, int64_t column, int64_t columns,
-                                   unit_t<C>* sums, const E& epilogue) {
+                                   unit_t<C>* sums, const S& soon, const E& epilogue) {
   constexpr int64_t lanes = kLanes<unit_t<C>>, width = kPanel<C>;
   const int64_t units = units_of<C>(x.k), chains = (units + kChain<C> - 1) / kChain<C>;
   const int64_t chain = ((units + chains - 1) / (chains ? chains : 1) + lanes - 1) / lanes * lanes;
@@ -43,6 +51,7 @@ FASTVIT_INLINE void multiply_panel(const Lines<C>& x, const unit_t<C>* panel, in
       unit_t<C>* out = sums + row * width;
       const auto tile = columns - column > lanes ? micro_of<C, kPanelVectors>(height) : micro_of<C, 1>(height);
       const int64_t fetched = (t - x.begin) * count * 32;
+      if (begin + count >= units) soon(t, column);
       tile(x.tile(t) + begin * height, b, width, count, out, width, begin > 0,
            fetched < bytes ? ahead + fetched : reinterpret_cast<const char*>(b));
       if (begin + count >= units) epilogue(t, column, out);
