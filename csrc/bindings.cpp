@@ -33,6 +33,8 @@ STABLE_TORCH_LIBRARY(fastvit_native, m) {
       "Tensor? pixel_scale, Tensor? pixel_shift, Tensor? packed) -> Tensor");
   // A linear layer's weight as the CPU kernels read it, for the active instruction set: an opaque uint8 tensor.
   m.def("pack_weight(Tensor weight, str compute) -> Tensor");
+  // The weight again, to the bit, in what it was packed for; int8 does not hold it.
+  m.def("unpack_weight(Tensor packed) -> Tensor");
   // A number that changes, most likely, when the tensors' numbers do: it reads a few of each. With addresses, also when
   // they move.
   m.def("fingerprint(Tensor[] tensors, bool addresses) -> int");

@@ -17,6 +17,7 @@ from torch import nn
 from . import backends, layers, ops, prepack
 from .fused import BLOCK_OPS, INT8, MARK, has_hooks
 from .integrations import ADAPTERS, Options, Plan
+from .release import give_back, is_released, release
 from .settings import SETTINGS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,14 +41,18 @@ class Row:
 class Report(list[Row]):
     """The rows of :func:`report`; prints as a table.
 
-    packed_bytes: memory that packed copies of weights take beside the parameters now (CPU kernels, inference).
+    packed_bytes: memory that packed copies of weights take now (CPU kernels, inference).
+    released_bytes: memory that originals took and gave back (``accelerate(..., release_original=True)``).
     """
 
     packed_bytes: int = 0
+    released_bytes: int = 0
 
     def __str__(self) -> str:
-        packed = [f"packed weights: {self.packed_bytes / 2**20:.1f} MiB"] if self.packed_bytes else []
-        return "\n".join([*map(str, self), *packed])
+        sizes = {"packed weights": self.packed_bytes, "released originals": self.released_bytes}
+        return "\n".join(
+            [*map(str, self), *(f"{name}: {size / 2**20:.1f} MiB" for name, size in sizes.items() if size)]
+        )
 
 
 def _plan(module: nn.Module, options: Options) -> Plan | str | None:
@@ -96,22 +101,33 @@ def accelerate(
     mlp: bool = True,
     patch_embed: bool = True,
     strict: bool = False,
+    release_original: bool = False,
 ) -> Model:
     """Bind fused forwards to the modules of a timm Vision Transformer, in place.
 
     The model keeps its class, its parameters and its state_dict; it trains, compiles and can be copied.
     Calling it again changes nothing more; :func:`restore` undoes it.
 
+    ``release_original`` is for inference on a CPU by whole blocks and saves memory: of qkv, proj, fc1 and fc2 only the
+    copy stays that the kernels read. state_dict (whose values are copies then), load_state_dict and deep copies work as
+    before; a pickle holds an accelerated model that is not released. ``.to()`` another dtype or device gives the
+    originals back, and so do :func:`restore` and calling this without the option, bit for bit. What would compute with
+    an original (gradients, active dropouts, masks, hooks inside a block, another backend, export) raises RuntimeError.
+    Whoever holds a weight itself, an optimizer for one, keeps its memory.
+
     Args:
-        model: a timm VisionTransformer, or any module that contains one.
+        model: a timm VisionTransformer, or any module that contains one; a ``fastvit.VisionTransformer`` needs nothing
+            but may be released.
         attention, layer_norm, mlp, patch_embed: which parts may be fused; whole blocks need the first three.
         strict: raise when a block, attention, MLP, norm or patch embedding has to stay eager.
+        release_original: keep the linear weights of blocks, fp32 / fp16 / bf16, in the CPU kernels' layout alone.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError: not a module. ValueError: nothing in it can be fused. RuntimeError: ``strict``, with all reasons.
+        TypeError: not a module. ValueError: nothing in it can be fused, or no block of it released. RuntimeError:
+            ``strict``, with all reasons.
     """
     _check_model("accelerate", model)
     if SETTINGS.disable:
@@ -121,30 +137,36 @@ def accelerate(
     if strict and reasons:
         raise RuntimeError(f"fastvit.accelerate: strict, but {len(reasons)} modules stay eager: {'; '.join(reasons)}")
     fused = [(module, found) for _, module, found, _ in plans if isinstance(found, Plan)]
-    if not fused:
-        if any(type(m).__module__.startswith(__package__ or "fastvit") for m in model.modules()):
-            return model
+    if not fused and not any(type(m).__module__.startswith(__package__ or "fastvit") for m in model.modules()):
         known = ", ".join(ADAPTERS)
         detail = f" ({'; '.join(reasons)})" if reasons else ""
         raise ValueError(
             f"fastvit.accelerate: found no Vision Transformer module of {known} in {type(model).__name__}{detail}"
         )
-    restore(model)
+    if fused:
+        restore(model)
+    else:
+        give_back(model)
     for module, found in fused:
         if "forward" in module.__dict__:
             continue
         module.__dict__["forward"] = partial(_call, found.forward, module)
         module.__dict__[MARK] = found.ops
+    if release_original:
+        release(model)
     return model
 
 
 def restore(model: Model) -> Model:
     """Remove what :func:`accelerate` bound; the model then computes bit for bit what it did before.
 
+    Originals that were released are there again, as new parameters.
+
     Raises:
-        TypeError: not a module.
+        TypeError: not a module. RuntimeError: numbers are gone (``quantize(..., release_original=True)``).
     """
     _check_model("restore", model)
+    give_back(model)
     for module in model.modules():
         if module.__dict__.pop(MARK, None) is not None:
             del module.__dict__["forward"]
@@ -161,12 +183,15 @@ def accelerated(model: Model, **options: bool) -> Iterator[Model]:
     """
     _check_model("accelerated", model)
     before = [(m, m.__dict__["forward"], m.__dict__[MARK]) for m in model.modules() if MARK in m.__dict__]
+    released = is_released(model)
     try:
         yield accelerate(model, **options)
     finally:
         restore(model)
         for module, forward, marked in before:
             module.__dict__.update({"forward": forward, MARK: marked})
+        if released:
+            release(model)
 
 
 # op -> the arguments of a smallest call for tensors like this one
@@ -210,6 +235,7 @@ def report(model: nn.Module) -> Report:
     _check_model("report", model)
     rows, fused = Report(), list[str]()
     rows.packed_bytes = prepack.bytes_of(model.parameters())
+    rows.released_bytes = prepack.released_bytes_of(model.parameters())
     for name, module, found, _ in _planned(model, Options()):
         if any(name.startswith(f"{parent}.") for parent in fused):
             continue

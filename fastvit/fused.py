@@ -15,6 +15,7 @@ from .ops.encoder import run_encoder
 MARK = "_fastvit_ops"
 # where quantize leaves, on a block, which of its linear layers are computed in int8
 INT8 = "_fastvit_int8"
+LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 BLOCK_OPS = ("encoder", "layer_norm", "linear", "attention", "norm_mlp")
 
 
@@ -23,6 +24,14 @@ def activation_name(module: nn.Module) -> str | None:
     if isinstance(module, nn.GELU):
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}.get(type(module).__name__)
+
+
+def activation_of(mlp: Any) -> str:
+    """The ops' name of an MLP's activation; TypeError when they have none."""
+    name = activation_name(mlp.act)
+    if name is None:  # one that was put there after accelerate had looked
+        raise TypeError(f"fastvit: activation {type(mlp.act).__name__} has no fused form; expected a GELU")
+    return name
 
 
 def active(dropout: nn.Module) -> bool:
@@ -91,7 +100,7 @@ def _run_encoder(blocks: list[Any], x: Tensor) -> Tensor | None:
     if x.dim() != 3 or not blocks or not _plain(blocks[0]):
         return None
     first = blocks[0].attn
-    heads, scale, activation = first.num_heads, first.scale, activation_name(blocks[0].mlp.act)
+    heads, scale, activation = first.num_heads, first.scale, activation_of(blocks[0].mlp)
     parameters: list[Tensor | None] = []
     eps: list[float] = []
     int8: list[bool] = []
@@ -99,10 +108,10 @@ def _run_encoder(blocks: list[Any], x: Tensor) -> Tensor | None:
         if not _plain(block):
             return None
         attn, mlp, norm1, norm2 = block.attn, block.mlp, block.norm1, block.norm2
-        qkv, proj, fc1, fc2 = attn.qkv, attn.proj, mlp.fc1, mlp.fc2
-        if (attn.num_heads, attn.scale, activation_name(mlp.act)) != (heads, scale, activation):
+        qkv, proj, fc1, fc2 = linears(block)
+        if (attn.num_heads, attn.scale, activation_of(mlp)) != (heads, scale, activation):
             return None
-        if qkv.weight.shape != (3 * x.shape[-1], x.shape[-1]) or qkv.weight.dtype != x.dtype:
+        if qkv.weight.shape[1] != x.shape[-1] or qkv.weight.dtype != x.dtype:
             return None
         gamma1, gamma2 = _gamma(block.ls1), _gamma(block.ls2)
         parameters += (norm1.weight, norm1.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma1)
@@ -114,15 +123,32 @@ def _run_encoder(blocks: list[Any], x: Tensor) -> Tensor | None:
     return run_encoder(x, parameters, eps, heads, scale, activation, int8)
 
 
-def _plain(block: Any) -> bool:
-    """Whether a block is one that fused_block serves, and computes no more than the encoder's kernels now."""
-    if BLOCK_OPS not in (block.__dict__.get(MARK), type(block).__dict__.get(MARK)):
+def is_fused_block(module: Any) -> bool:
+    """Whether a module is a block that :func:`fused_block` serves."""
+    return BLOCK_OPS in (module.__dict__.get(MARK), type(module).__dict__.get(MARK))
+
+
+def linears(block: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    """A block's linear layers, those of LINEARS."""
+    return block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
+
+
+def encodable(block: Any) -> bool:
+    """Whether a block is one that the encoder's kernels can run at inference, by what it is made of."""
+    if not is_fused_block(block):
         return False
-    attn, mlp = block.attn, block.mlp
-    if not isinstance(attn.q_norm, nn.Identity) or not isinstance(attn.k_norm, nn.Identity):
+    attn, (height, width) = block.attn, block.attn.qkv.weight.shape
+    plain = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)
+    return plain and height == 3 * width and attn.proj.weight.shape == (width, width)
+
+
+def _plain(block: Any) -> bool:
+    """Whether a block computes no more than the encoder's kernels now."""
+    if not encodable(block):
         return False
     if not block.training:
         return True
+    attn, mlp = block.attn, block.mlp
     dropouts = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2, block.drop_path1, block.drop_path2)
     return not any(map(active, dropouts))
 
@@ -157,7 +183,7 @@ def _add_branch(
 
 def _add_mlp(x: Tensor, norm: nn.LayerNorm, mlp: Any, layer_scale: nn.Module, drop_path: nn.Module) -> Tensor:
     """x + drop_path(layer_scale(mlp(norm(x)))), in one op when no dropout is active."""
-    activation = activation_name(mlp.act)
+    activation = activation_of(mlp)
     if active(mlp.drop1) or active(mlp.drop2):
         normalised = ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
         hidden = ops.linear(normalised, mlp.fc1.weight, mlp.fc1.bias, activation=activation)

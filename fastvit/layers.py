@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import Size, pair
-from .fused import BLOCK_OPS, activation_name, active, attend, fused_block, has_hooks
+from .fused import BLOCK_OPS, activation_of, active, attend, fused_block, has_hooks
 from .resample import resample_patch_weight
 
 
@@ -197,7 +197,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if has_hooks(self):
             return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
-        hidden = ops.linear(x, self.fc1.weight, self.fc1.bias, activation=activation_name(self.act))
+        hidden = ops.linear(x, self.fc1.weight, self.fc1.bias, activation=activation_of(self))
         return self.drop2(ops.linear(self.drop1(hidden), self.fc2.weight, self.fc2.bias))
 
 

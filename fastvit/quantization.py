@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends
-from .fused import BLOCK_OPS, INT8, MARK
+from . import backends, prepack
+from .fused import INT8, LINEARS, is_fused_block
+from .release import check_exact, release
 
-LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 _NOISE_IMAGES = 2
 
 
@@ -43,7 +43,11 @@ class QuantizationReport(list[QuantizedLayer]):
 
 
 def quantize(
-    model: nn.Module, calibration: Tensor | Iterable[Tensor] | None = None, *, threshold: float = 0.01
+    model: nn.Module,
+    calibration: Tensor | Iterable[Tensor] | None = None,
+    *,
+    threshold: float = 0.01,
+    release_original: bool = False,
 ) -> QuantizationReport:
     """Compute the linear layers of an accelerated Vision Transformer's blocks in int8 at inference on a CPU.
 
@@ -57,13 +61,16 @@ def quantize(
         calibration: images (B, C, height, width) as the model takes them, or batches of them, on which the error of
             each layer is measured; None takes two images of noise.
         threshold: a layer whose relative error alone is above it stays in bfloat16; 0 keeps all of them, ``inf`` none.
+        release_original: keep of these layers' weights what is computed with alone, int8 or bfloat16. The originals
+            are gone then: state_dict and restore raise RuntimeError until load_state_dict has brought them back. A
+            model that was accelerated with ``release_original=True`` keeps them, packed, without this.
 
     Returns:
         What each layer costs and which were chosen.
 
     Raises:
         TypeError: not a module, or calibration that is no tensor. ValueError: no block to quantise, a model that is not
-            on a CPU, a negative threshold, no images. RuntimeError: the CPU kernels are absent.
+            on a CPU, a negative threshold, no images. RuntimeError: the CPU kernels are absent, or the originals are.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastvit.quantize: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -72,17 +79,19 @@ def quantize(
     reason = backends.why_unavailable("cpu")
     if reason is not None:
         raise RuntimeError(f"fastvit.quantize: the cpu kernels are needed, but {reason}")
-    blocks = {
-        name: m for name, m in model.named_modules() if BLOCK_OPS in (m.__dict__.get(MARK), vars(type(m)).get(MARK))
-    }
+    blocks = {name: m for name, m in model.named_modules() if is_fused_block(m)}
     if not blocks:
         raise ValueError(f"fastvit.quantize: {type(model).__name__} has no fused block; call fastvit.accelerate first")
     devices = {p.device.type for block in blocks.values() for p in block.parameters()}
     if devices != {"cpu"}:
         raise ValueError(f"fastvit.quantize: the model must be on the CPU, got {', '.join(sorted(devices))}")
+    check_exact("quantize", model)
     batches = list(_batches(model, calibration))
     with _inference(model):
         report = _choose(model, blocks, batches, threshold)
+    prepack.forget(model.parameters())  # of all that was tried
+    if release_original:
+        release(model, rounded=True)
     return report
 
 
@@ -94,16 +103,16 @@ def _choose(
     exact = _outputs(model, batches)
     size = exact.norm().clamp_min(1e-30)
     for block in blocks.values():
-        block.__dict__[INT8] = (False,) * len(LAYERS)
+        block.__dict__[INT8] = (False,) * len(LINEARS)
     base = _outputs(model, batches)
     report = QuantizationReport()
-    for (name, block), (i, layer) in product(blocks.items(), enumerate(LAYERS)):
-        block.__dict__[INT8] = tuple(j == i for j in range(len(LAYERS)))
+    for (name, block), (i, layer) in product(blocks.items(), enumerate(LINEARS)):
+        block.__dict__[INT8] = tuple(j == i for j in range(len(LINEARS)))
         error = float((_outputs(model, batches) - base).norm() / size)
-        block.__dict__[INT8] = (False,) * len(LAYERS)
+        block.__dict__[INT8] = (False,) * len(LINEARS)
         report.append(QuantizedLayer(f"{name}.{layer}", error, error <= threshold))
     for number, block in enumerate(blocks.values()):
-        chosen = report[number * len(LAYERS) : (number + 1) * len(LAYERS)]
+        chosen = report[number * len(LINEARS) : (number + 1) * len(LINEARS)]
         block.__dict__[INT8] = tuple(layer.int8 for layer in chosen)
     report.error = float((_outputs(model, batches) - exact).norm() / size)
     return report

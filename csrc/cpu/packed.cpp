@@ -74,6 +74,25 @@ Tensor pack_weight(const Tensor& weight, const std::string& compute_name) {
   return packed;
 }
 
+// The weight that was packed, in what it was packed for.
+Tensor unpack_weight(const Tensor& packed) {
+  const PackedWeight w = packed_weight(packed, -1, -1, "unpack_weight", "packed");
+  const auto rows_of = [&](ScalarType dtype) { return empty(packed, {w.n, w.k}, dtype); };
+  Tensor weight;
+  if (w.compute == Compute::float32) {
+    weight = rows_of(ScalarType::Float);
+    FASTVIT_SELECT(unpack_panels<float>)(w.panels, w.n, w.k, data<float>(weight));
+  } else if (w.compute == Compute::bfloat16) {
+    weight = rows_of(ScalarType::BFloat16);
+    FASTVIT_SELECT(unpack_panels<bfloat16>)(w.panels, w.n, w.k, data<bfloat16>(weight));
+  } else {
+    FASTVIT_CHECK(w.compute == Compute::float64, "unpack_weight: packed is int8, which does not hold the weight");
+    weight = rows_of(ScalarType::Double);
+    FASTVIT_SELECT(unpack_panels<double>)(w.panels, w.n, w.k, data<double>(weight));
+  }
+  return weight;
+}
+
 }  // namespace
 
 PackedWeight packed_weight(const Tensor& t, int64_t n, int64_t k, const char* op, const char* name) {
@@ -87,13 +106,15 @@ PackedWeight packed_weight(const Tensor& t, int64_t n, int64_t k, const char* op
   FASTVIT_CHECK(header.isa == static_cast<int64_t>(active_isa()), op, ": ", name,
                 " was packed for another instruction set");
   if (n < 0) n = header.n;
+  if (k < 0) k = header.k;
   FASTVIT_CHECK(header.n == n && header.k == k, op, ": ", name, " must be a packed weight of shape (", n, ", ", k,
                 "), got (", header.n, ", ", header.k, ")");
   PackedWeight view;
   view.n = n;
   view.k = k;
   view.compute = static_cast<Compute>(header.compute);
-  FASTVIT_CHECK(t.numel() == header.panels() + panel_bytes(view.compute, n, k), op, ": ", name, " is damaged");
+  FASTVIT_CHECK(n >= 0 && k >= 0 && t.numel() == header.panels() + panel_bytes(view.compute, n, k), op, ": ", name,
+                " is damaged");
   if (view.compute == Compute::int8) {
     view.step = reinterpret_cast<const float*>(base + sizeof(header));
     view.sum = reinterpret_cast<const float*>(base + sizeof(header) + header.vector_bytes());
@@ -104,4 +125,7 @@ PackedWeight packed_weight(const Tensor& t, int64_t n, int64_t k, const char* op
 
 }  // namespace fastvit
 
-STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CPU, m) { m.impl("pack_weight", TORCH_BOX(&fastvit::pack_weight)); }
+STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CPU, m) {
+  m.impl("pack_weight", TORCH_BOX(&fastvit::pack_weight));
+  m.impl("unpack_weight", TORCH_BOX(&fastvit::unpack_weight));
+}

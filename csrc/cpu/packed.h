@@ -30,7 +30,8 @@ struct PackedWeight {
   const void* panels = nullptr;
 };
 
-// Throws unless the tensor is a weight (n, k) packed for the active instruction set; any n where it is negative.
+// Throws unless the tensor is a weight (n, k) packed for the active instruction set; any n or k where it is
+// negative.
 PackedWeight packed_weight(const Tensor& t, int64_t n, int64_t k, const char* op, const char* name);
 
 // What a weight of T is packed for.

@@ -18,6 +18,32 @@ void pack_panels(const T* weight, int64_t stride, int64_t n, int64_t k, void* pa
   });
 }
 
+// The number that a panel's element holds: it came from a P, and an accumulator's type holds every one of them.
+inline float exactly(float value, float) { return value; }
+inline double exactly(double value, double) { return value; }
+inline bfloat16 exactly(bfloat16 value, bfloat16) { return value; }
+inline bfloat16 exactly(float value, bfloat16) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+
+// The inverse of pack_panels for a weight stored as P, rows one after the other.
+template <class P>
+void unpack_panels(const void* panels, int64_t n, int64_t k, P* weight) {
+  using C = compute_t<P>;
+  constexpr int64_t per_unit = Units<C>::kPerUnit, width = kPanel<C>;
+  const int64_t size = units_of<C>(k) * width * per_unit;
+  parallel_for(panels_of<C>(n), 65536 / (size + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++) {
+      const C* panel = static_cast<const C*>(panels) + p * size;
+      for (int64_t row = p * width; row < n && row < (p + 1) * width; row++)
+        for (int64_t i = 0; i < k; i++)
+          weight[row * k + i] = exactly(panel[(i / per_unit * width + row - p * width) * per_unit + i % per_unit], P{});
+    }
+  });
+}
+
 // Rows of a weight as signed bytes, each row with a step of its own.
 template <class T>
 void quantise_weight(const T* weight, int64_t stride, int64_t n, int64_t k, int8_t* bytes, float* step, float* sum) {

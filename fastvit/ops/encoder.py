@@ -149,8 +149,9 @@ def run_encoder(x, parameters, eps, num_heads, scale, activation, int8=()) -> Te
     backend = backends.serving("encoder", *args)
     if backend in (None, "reference"):
         return None
-    if torch.compiler.is_compiling():
-        return _op(*args, backend)
+    if torch.compiler.is_compiling():  # which does not know what a released weight is
+        parameters = [getattr(p, "packed", p) for p in parameters]
+        return _op(x, parameters, *args[2:], backend)
     return _forward(*args, backend)  # what the dispatcher does with hundreds of tensors takes longer than many a block
 
 
