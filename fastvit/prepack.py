@@ -162,7 +162,7 @@ def weight(tensor: Tensor, compute: str) -> Tensor:
     return _copy(
         tensor,
         f"{compute}, {_isa()}",
-        lambda: torch.ops.fastvit_native.pack_weight(tensor.detach().flatten(1), compute),
+        lambda: torch.ops.fastvit_native.pack_weight(tensor.detach().flatten(1).contiguous(), compute),
     )
 
 

@@ -298,6 +298,16 @@ def test_heads_that_are_wider_together_than_the_model(model):
         torch.testing.assert_close(fastvit.accelerate(model)(x), want, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_weights_that_lie_by_columns(model):
+    for b in model.blocks:
+        b.mlp.fc1.weight = nn.Parameter(b.mlp.fc1.weight.t().contiguous().t())
+    x = images()
+    want = logits_of_eager(model, x)
+    torch.testing.assert_close(model(x), want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fastvit.accelerate(model, release_original=True)(x), want, atol=1e-4, rtol=1e-4)
+
+
 def test_hooks_on_blocks_fire(model):
     seen = []
     handle = model.blocks[1].register_forward_hook(lambda m, a, y: seen.append(y.shape))
