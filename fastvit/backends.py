@@ -28,7 +28,6 @@ OPS: dict[str, tuple[str, ...]] = {
     "linear": ("triton", "cpu"),
     "norm_mlp": ("triton", "cpu"),
     "encoder": ("cpu",),
-    "block": ("cpu",),
 }
 
 _MODULES = {"triton": "fastvit.kernels.{op}", "cuda": "fastvit.native:cuda.{op}", "cpu": "fastvit.native:cpu.{op}"}

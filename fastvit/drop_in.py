@@ -182,14 +182,19 @@ def accelerated(model: Model, **options: bool) -> Iterator[Model]:
     Takes :func:`accelerate`'s options. A model that was accelerated before is so again behind the block.
     """
     _check_model("accelerated", model)
-    before = [(m, m.__dict__["forward"], m.__dict__[MARK]) for m in model.modules() if MARK in m.__dict__]
+    bound = ("forward", MARK, INT8)
+    before = [
+        (m, {name: m.__dict__[name] for name in bound if name in m.__dict__})
+        for m in model.modules()
+        if MARK in m.__dict__
+    ]
     released = is_released(model)
     try:
         yield accelerate(model, **options)
     finally:
         restore(model)
-        for module, forward, marked in before:
-            module.__dict__.update({"forward": forward, MARK: marked})
+        for module, attributes in before:
+            module.__dict__.update(attributes)
         if released:
             release(model)
 

@@ -164,24 +164,6 @@ class Attention(Launcher):
         return None, None, None, None
 
 
-@dataclass(frozen=True)
-class Encoder(Launcher):
-    """The launcher of the encoder, whose parameters are packed once and kept."""
-
-    def why_not(self, *args: Any) -> str | None:
-        x, compute = args[0], args[6]
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or compute == "float64":
-            return f"cpu encoder computes in float32, bfloat16, float16, got {str(x.dtype).removeprefix('torch.')}"
-        return super().why_not(*args)
-
-    def forward(self, *args: Any) -> Any:
-        _require()
-        x, parameters, eps, heads, scale, activation, compute, int8 = args
-        # A product of float16 is computed in float32.
-        packed = prepack.encoder(parameters, "float32" if compute == "float16" else compute, int8)
-        return torch.ops.fastvit_native.encoder(x.contiguous(), packed, eps, heads, scale, activation)
-
-
 def _heads(qkv: torch.Tensor, batch: int, num_heads: int) -> tuple[torch.Tensor, ...]:
     """q, k and v (B, H, N, E) as views of the packed rows (B·N, 3·D)."""
     return qkv.view(batch, qkv.shape[0] // max(batch, 1), 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -189,7 +171,7 @@ def _heads(qkv: torch.Tensor, batch: int, num_heads: int) -> tuple[torch.Tensor,
 
 @dataclass(frozen=True)
 class Block(Launcher):
-    """The launcher of a training block: float32 tokens and parameters, products in float32 or, under autocast, bfloat16.
+    """The launcher of a training block: float32 tokens and parameters, products in float32 or, by autocast, bfloat16.
 
     bfloat16 copies of weights are never made: the products pack them from float32.
     """
@@ -268,13 +250,32 @@ def _branch_gradients(
     return G, None if total is None else total * layer_scale, dscale
 
 
+@dataclass(frozen=True)
+class Encoder(Launcher):
+    """The launcher of the encoder, whose parameters are packed once and kept; ``block`` is how it trains."""
+
+    block: Block
+
+    def why_not(self, *args: Any) -> str | None:
+        x, compute = args[0], args[6]
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or compute == "float64":
+            return f"cpu encoder computes in float32, bfloat16, float16, got {str(x.dtype).removeprefix('torch.')}"
+        return super().why_not(*args)
+
+    def forward(self, *args: Any) -> Any:
+        _require()
+        x, parameters, eps, heads, scale, activation, compute, int8 = args
+        # A product of float16 is computed in float32.
+        packed = prepack.encoder(parameters, "float32" if compute == "float16" else compute, int8)
+        return torch.ops.fastvit_native.encoder(x.contiguous(), packed, eps, heads, scale, activation)
+
+
 cpu = SimpleNamespace(
     linear=Product("linear", "cpu", ("product", "column_sum")),
     norm_mlp=Product("norm_mlp", "cpu", ("product", "column_sum", "norm_backward")),
     patch_embed=Product("patch_embed", "cpu", ("product",)),
     layer_norm=LayerNorm("layer_norm", "cpu"),
     attention=Attention("attention", "cpu"),
-    encoder=Encoder("encoder", "cpu"),
-    block=Block("block", "cpu"),
+    encoder=Encoder("encoder", "cpu", Block("encoder", "cpu")),
 )
 cuda = SimpleNamespace(layer_norm=Launcher("layer_norm", "cuda"))

@@ -15,7 +15,14 @@ from fastvit import ops
 needs_kernel = pytest.mark.skipif(
     bool(fastvit.backends.why_unavailable("cpu")), reason=str(fastvit.backends.why_unavailable("cpu"))
 )
-SHAPES = [(1, 1, 16, 16, 1), (2, 5, 48, 100, 3), (3, 17, 40, 33, 5), (2, 50, 96, 65, 2), (1, 197, 64, 256, 1), (2, 29, 21, 7, 3)]
+SHAPES = [
+    (1, 1, 16, 16, 1),
+    (2, 5, 48, 100, 3),
+    (3, 17, 40, 33, 5),
+    (2, 50, 96, 65, 2),
+    (1, 197, 64, 256, 1),
+    (2, 29, 21, 7, 3),
+]
 AUTOCAST = pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 
 
@@ -36,7 +43,9 @@ def run(function, x: Tensor, blocks: list[ops.EncoderBlock], dy: Tensor) -> dict
     return {"result": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
 
 
-def check(blocks: list[ops.EncoderBlock], batch: int, tokens: int, heads: int, activation="gelu", autocast=False) -> None:
+def check(
+    blocks: list[ops.EncoderBlock], batch: int, tokens: int, heads: int, activation="gelu", autocast=False
+) -> None:
     g = torch.Generator().manual_seed(tokens)
     width = blocks[0].proj_weight.shape[0]
     x, dy = torch.randn(2, batch, tokens, width, generator=g).unbind(0)
@@ -78,7 +87,7 @@ def test_values_and_gradients(autocast, batch, tokens, width, hidden, heads):
 def test_options(autocast, activation, absent):
     norms = ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias", "layer_scale2") if not absent else ()
     blocks = [learning(64, 96, 1, **dict.fromkeys(absent)), learning(64, 96, 2, **dict.fromkeys(norms))]
-    check(blocks, 2, 23, 2, activation, autocast)
+    check(blocks, 2, 23, 2, activation, autocast=autocast)
 
 
 @needs_kernel

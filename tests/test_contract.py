@@ -74,6 +74,11 @@ def encoder_case(place):
     return torch.ops.fastvit.encoder, (block[0], block[1:], [1e-6, 1e-6], 2, 0.35, "gelu", "float32", [], place.backend)
 
 
+def block_case(place):
+    block = tensors(*CALLS["encoder"][1].values())
+    return torch.ops.fastvit.block, (*block, [1e-6, 1e-6], 2, 0.35, "gelu", "float32", place.backend)
+
+
 def patch_embed_case(place):
     image, w, b, pos, prefix = tensors((2, 3, 8, 8), (16, 3, 4, 4), (16,), (5, 16), (1, 16))
     return torch.ops.fastvit.patch_embed, (image, w, b, pos, prefix, None, None, place.backend)
@@ -86,6 +91,7 @@ OP_CASES = (
     (linear_case, "linear"),
     (norm_mlp_case, "norm_mlp"),
     (encoder_case, "encoder"),
+    (block_case, "encoder"),
     (patch_embed_case, "patch_embed"),
 )
 CASES = [

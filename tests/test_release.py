@@ -273,6 +273,7 @@ def test_under_autocast_products_are_bfloat16():
 @torch.no_grad()
 def test_in_a_graph(fullgraph):
     torch._dynamo.reset()
+    gc.collect()  # the models of other tests
     model, x = released(), images()
     compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
     want, count = model(x), len(prepack._encoders)

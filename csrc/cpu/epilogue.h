@@ -40,7 +40,7 @@ class Epilogue {
         store(g_.activated + row * g_.n + column(j), activate_with_slope<A>(at, g_.activation, slope), left(j));
         v[j] *= slope;
       } else {
-        v[j] = Rounded<compute_t<Y>>::activated(v[j], g_.activation);
+        v[j] = activate<A>(v[j], g_.activation);
       }
       if (g_.layer_scale) v[j] *= scale_[j];
       if (g_.residual) v[j] += load(residual + column(j), left(j));

@@ -1,4 +1,4 @@
-"""A Vision Transformer's encoder for inference: pre-norm blocks one after the other in a single call.
+"""A Vision Transformer's encoder: pre-norm blocks one after the other in a single call.
 
 Equations 2 and 3 of "An Image is Worth 16x16 Words" (arXiv 2010.11929): z' = z + MSA(LN(z)), z'' = z' + MLP(LN(z')).
 """
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import backends
 from . import _contract as contract
+from ._block import run_block
 from .attention import attention_packed
-from .block import run_block
 from .layer_norm import layer_norm
 from .linear import linear
 from .norm_mlp import norm_mlp
@@ -111,7 +111,8 @@ def encoder(
     """Encoder blocks in one call, z' = z + γ₁ MSA(LN(z)), z'' = z' + γ₂ MLP(LN(z')) for each.
 
     On a CPU, and when no gradient is asked for, one kernel runs all of them: weights packed once and kept, activations
-    in the cache, the sums over blocks in float32 whatever x's dtype. Elsewhere the blocks' ops run one by one.
+    in the cache, the sums over blocks in float32 whatever x's dtype. In training there, a block of float32 weights is
+    one op with a backward of its own, autocast or not. Elsewhere the blocks' ops run one by one.
 
     Args:
         x: (B, N, D) tokens, any strides, fp32 / fp16 / bf16 (fp64 one by one).
@@ -136,7 +137,7 @@ def encoder(
 
 
 def run_encoder(x, parameters, eps, num_heads, scale, activation, int8=()) -> Tensor | None:
-    """The blocks by one kernel, or None where no backend in force has one or a gradient is asked for.
+    """The blocks by one kernel, with gradients by one for each block, or None where no backend in force has them.
 
     For callers whose arguments need no checks; otherwise :func:`encoder`'s, as :func:`prepare_encoder` leaves them.
 

@@ -1,7 +1,7 @@
-"""One encoder block in training: z' = z + γ₁ MSA(LN(z)), z'' = z' + γ₂ MLP(LN(z')), and its gradients, as one op.
+"""How an encoder trains: z' = z + γ₁ MSA(LN(z)), z'' = z' + γ₂ MLP(LN(z')), a block and its gradients as one op.
 
 Equations 2 and 3 of "An Image is Worth 16x16 Words" (arXiv 2010.11929). One op instead of six keeps the sums of the
-residual stream and of its gradient inside the kernels, and under autocast lets them read the float32 weights themselves.
+residual stream and of its gradient inside the kernels, which under autocast read the float32 weights themselves.
 """
 
 from collections.abc import Sequence
@@ -39,16 +39,16 @@ def _forward(
     compute: str,
     backend: str,
 ) -> list[Tensor]:
-    parameters = (norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale1)
-    parameters += (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale2)
-    launch = backends.implementation("block", backend).forward
-    return launch(x, *parameters, eps, num_heads, scale, activation, compute)
+    attention = (norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale1)
+    mlp = (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale2)
+    launch = backends.implementation("encoder", backend).block.forward
+    return launch(x, *attention, *mlp, eps, num_heads, scale, activation, compute)
 
 
 def _fake(x, *args):
     *parameters, _, num_heads, _, _, compute, _ = args
     batch, tokens, width = x.shape
-    hidden, rows = parameters[9 - 1].shape[0], batch * tokens
+    hidden, rows = parameters[9].shape[0], batch * tokens
     low, wide = getattr(torch, compute), torch.float32
     shapes = [(width, low), (3 * width, low), (width, low), (width, wide), (width, low), (hidden, low)]
     n1, qkv, heads, mid, n2, preact = (x.new_empty(rows, columns, dtype=dtype) for columns, dtype in shapes)
@@ -81,10 +81,10 @@ def _backward(
     activation: str,
     backend: str,
 ) -> list[Tensor]:
-    parameters = (norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale1)
-    parameters += (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale2)
-    launch = backends.implementation("block", backend).backward
-    grads = launch(dy.contiguous(), wanted, x, *parameters, kept, num_heads, scale, activation)
+    attention = (norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale1)
+    mlp = (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale2)
+    launch = backends.implementation("encoder", backend).block.backward
+    grads = launch(dy.contiguous(), wanted, x, *attention, *mlp, kept, num_heads, scale, activation)
     return [contract.absent(dy) if g is None else g for g in grads]
 
 
@@ -100,8 +100,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grads):
-    *inputs, wanted = *ctx.saved_tensors[:INPUTS], list(ctx.needs_input_grad[:INPUTS])
-    kept = list(ctx.saved_tensors[INPUTS:])
+    saved, wanted = ctx.saved_tensors, list(ctx.needs_input_grad[:INPUTS])
+    inputs, kept = saved[:INPUTS], list(saved[INPUTS:])
     found = _backward_op(grads[0], wanted, *inputs, kept, ctx.num_heads, ctx.scale, ctx.activation, ctx.backend)
     return *(g if need else None for g, need in zip(found, wanted, strict=True)), *[None] * 6
 
@@ -118,11 +118,13 @@ def run_block(
     activation: str,
     compute: str,
 ) -> Tensor | None:
-    """A block by one kernel that has a backward, or None where no backend in force has one.
+    """A block by the encoder's backend, gradients included, or None where that has no such kernel.
 
     For callers whose arguments need no checks: x (B, N, D) and the tensors of an ``EncoderBlock``, its two eps, what
     products are computed in.
     """
     args = (x, *parameters, eps, num_heads, scale, activation, compute)
-    backend = backends.serving("block", *args)
-    return None if backend in (None, "reference") else _op(*args, backend)[0]
+    backend = backends.serving("encoder", x, parameters, eps, num_heads, scale, activation, compute, [])
+    if backend in (None, "reference") or backends.implementation("encoder", backend).block.why_not(*args) is not None:
+        return None
+    return _op(*args, backend)[0]
