@@ -10,7 +10,7 @@ from test_encoder import block, eager, needs_kernel
 from torch import Tensor, nn
 
 import fastvit
-from fastvit import prepack
+from fastvit import native, prepack
 from fastvit.ops.encoder import run_encoder
 
 pytestmark = needs_kernel
@@ -45,6 +45,18 @@ def test_values(isa, dtype, batch, tokens, width, hidden, heads):
     assert relative(got, quantized) < relative(quantized, exact) + 0.006
 
 
+@pytest.mark.parametrize(("width", "heads"), [(45, 3), (35, 1)])
+@pytest.mark.parametrize("int8", [[True, False, False, False], [False, True, True, False], [True, False, True, True]])
+def test_what_lay_in_the_memory_before_does_not_matter(isa, threads, width, heads, int8):
+    """Rows of an odd number of elements, of which layers in int8 and in bfloat16 leave other padding."""
+    threads(1)
+    parameters, x = block(width, 67)[:14], torch.randn(2, 21, width)
+    run = lambda: run_encoder(x, parameters, [1e-6] * 2, heads, 0.2, "gelu", int8)  # noqa: E731
+    clean, nan = run(), torch.full((900, 300), torch.nan)
+    native.cpu.linear.forward(nan, nan, None, None, None, "none", False, None)  # the thread keeps its memory
+    assert torch.equal(run(), clean)
+
+
 def test_bits_depend_neither_on_threads_nor_on_the_batch(threads):
     blocks = [block(96, 160, seed=seed) for seed in range(2)]
     parameters, x = [t for b in blocks for t in b[:14]], torch.randn(5, 70, 96)
@@ -67,6 +79,15 @@ def test_rows_that_are_constant_or_not_finite():
     assert y[2].isfinite().all()
     parameters[10] = torch.full((48,), 0.1).index_fill(0, torch.tensor(7), float("nan"))  # one hidden channel
     assert run_encoder(x[2:], parameters, [1e-6] * 2, 2, 0.25, "gelu", [True] * 4).isnan().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("weight", "channels"), [(2, 32), (9, 32), (11, 1)])
+def test_weights_that_are_not_finite_show(isa, value, weight, channels):
+    parameters = list(block(32, 48)[:14])
+    parameters[weight] = parameters[weight].index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(value))
+    y = run_encoder(torch.randn(2, 9, 32), parameters, [1e-6] * 2, 2, 0.25, "gelu", [True] * 4)
+    assert y.isnan().sum((0, 1)).tolist().count(18) == channels
 
 
 @pytest.fixture

@@ -84,8 +84,11 @@ class Encoder {
       const Tiles tiles(end - begin);
       copy(g_.x + first, stream_, begin * g_.width, end * g_.width);
       for (int64_t t = 0; t < tiles.count; t++)
-        for (int64_t i = 0; i < tiles.height(t); i++)
-          places_[begin + tiles.begin(t) + i] = {begin + tiles.begin(t), i, tiles.height(t)};
+        for (int64_t i = 0; i < tiles.height(t); i++) {
+          const Place place = places_[begin + tiles.begin(t) + i] = {begin + tiles.begin(t), i, tiles.height(t)};
+          // A row's last unit may be more than its elements; before a layer of int8, nobody writes whole lines.
+          store(lines_ + place.template units<C>(g_.width) + (lines_of<C>(g_.width) - 1) * place.step(), Vec<A>{});
+        }
     });
     for (int64_t b = 0; b < g_.depth; b++) {
       const BlockArgs& block = g_.blocks[b];

@@ -51,10 +51,16 @@ void quantise_weight(const T* weight, int64_t stride, int64_t n, int64_t k, int8
     for (int64_t row = begin; row < end; row++) {
       const T* w = weight + row * stride;
       int8_t* out = bytes + row * k;
-      Vec<float> most{};
+      Vec<float> most{}, check{};
       for (int64_t i = 0; i < k; i += kLanes<float>) {
         const Vec<float> v = load(w + i, k - i);
         most = larger<float>(larger<float>(v, -v), most);
+        check += v * 0.0f;
+      }
+      if (sum_of<float>(check) != 0.0f) {  // a weight that is not finite has no byte: the whole channel is NaN
+        std::memset(out, 0, k);
+        step[row] = sum[row] = NAN;
+        continue;
       }
       const float size = max_of<float>(most) / 127.0f, inverse = size > 0.0f ? 1.0f / size : 0.0f;
       int64_t total = 0;
