@@ -11,7 +11,7 @@ ARGS   ?=
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help build lint test test-full mutants static bench bench-ops tune plot readme gpu clean
+.PHONY: help build lint test test-full mutants sanitize memcheck static bench bench-ops tune plot readme gpu clean
 
 py      := $(VENV)/bin/python
 pip     := $(py) -m pip install -q --disable-pip-version-check
@@ -42,6 +42,26 @@ test-full: $(VENV)/.built ## every test with its whole grid of cases
 
 mutants: $(VENV)/.built ## plant known faults in the kernels and see that the tests notice (ARGS="attention" for one op)
 	$(py) tests/mutants.py --csv benchmarks/results/mutants.csv $(ARGS)
+
+# Builds of their own: the package and its extension lie in build/<verb>, in front of the checkout's.
+checked = FASTVIT_BUILD=cpu FASTVIT_CXXFLAGS="-O1 -g -fno-omit-frame-pointer -DFASTVIT_SCRATCH_KEPT=0 $(1)" \
+  PYTHONWARNINGS=ignore $(py) setup.py -qq build --build-lib build/$@ --build-temp build/$@/objects
+watched := OMP_WAIT_POLICY=passive PYTHONMALLOC=malloc
+runtime  = $$($${CXX:-c++} -print-file-name=$(1).so)
+
+# Uninitialised memory is NaN on the heap (255) and absurd on the stack (a pattern): results show who reads it.
+sanitize: $(VENV)/.installed ## the CPU kernels under AddressSanitizer and UBSan (ARGS=tests/test_linear.py: these tests)
+	@echo "building the extension" && $(call checked,-fsanitize=address -fsanitize=undefined -fsanitize=float-cast-overflow \
+	  -fno-sanitize-recover=all -ftrivial-auto-var-init=pattern)
+	LD_PRELOAD="$(call runtime,libasan) $(call runtime,libubsan) $(call runtime,libstdc++)" \
+	  ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONPATH=build/$@ $(watched) $(if $(ARGS),$(VENV)/bin/pytest $(ARGS),$(py) tests/memory.py)
+
+memcheck: $(VENV)/.installed ## the CPU kernels under valgrind, whose CPU has no AVX-512
+	@command -v valgrind >/dev/null || { echo "no valgrind: apt-get install valgrind"; exit 1; }
+	@echo "building the extension" && $(call checked)
+	PYTHONPATH=build/$@ $(watched) valgrind -q --error-exitcode=1 --fair-sched=yes --num-callers=25 --partial-loads-ok=no \
+	  --suppressions=tests/memcheck.supp $(py) tests/memory.py
 
 static: $(VENV)/.installed ## the Triton kernels compiled for every chip: registers, occupancy, the roofline's time (no GPU needed)
 	env -u TRITON_INTERPRET $(py) -m fastvit.benchmarks.static $(ARGS)

@@ -61,7 +61,7 @@ class BuildExtension(build_ext):
         # torch brings a pybind11 of its own, which refuses to be compiled with the stable ABI: the installed one first.
         paths = (CSRC, pybind11.get_include(), f"{torch.__path__[0]}/include", *self.include_dirs)
         defines = [f'-DFASTVIT_VERSION="{self.distribution.get_version()}"', f'-DFASTVIT_CUDA="{" ".join(gencode)}"']
-        cxx = [CXX, *FLAGS.split(), *defines, *(f"-I{path}" for path in paths)]
+        cxx = [CXX, *f"{FLAGS} {os.environ.get('FASTVIT_CXXFLAGS', '')}".split(), *defines, *(f"-I{p}" for p in paths)]
         nvcc = [NVCC, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", f"-I{CSRC}"]
         stamp = zlib.crc32(f"{cxx}{nvcc}{gencode}{torch.__version__}".encode())
         newest_header = max(p.stat().st_mtime for p in (Path("setup.py"), *CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")))
@@ -79,7 +79,7 @@ class BuildExtension(build_ext):
         (output := Path(self.get_ext_fullpath(ext.name))).parent.mkdir(parents=True, exist_ok=True)
         # libtorch.so is needed though nothing refers to it: it brings libtorch_cuda, where the current stream is.
         libraries = ["-Xlinker", "--no-as-needed", f"-L{torch.__path__[0]}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
-        run(NVCC if BUILD == "cuda" else CXX, "-shared", "-o", output, *objects, *libraries)
+        run(*([NVCC] if BUILD == "cuda" else cxx), "-shared", "-o", output, *objects, *libraries)
 
 
 BUILD, REASON = ("none", "FASTVIT_BUILD=none") if REQUESTED == "none" else choose_build()

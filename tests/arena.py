@@ -13,12 +13,12 @@ BAND = 64
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-def arena(tensor):
+def arena(tensor, device=DEVICE):
     """The same values inside a larger buffer of NaN: padded rows, and a start off every 16-byte boundary."""
     *outer, width = tensor.shape
     rows = math.prod(outer)
     filler = math.nan if tensor.is_floating_point() else 1
-    buffer = torch.full((BAND + rows * (width + 5) + BAND,), filler, dtype=tensor.dtype, device=DEVICE)
+    buffer = torch.full((BAND + rows * (width + 5) + BAND,), filler, dtype=tensor.dtype, device=device)
     view = buffer[BAND + 3 :][: rows * (width + 5)].view(*outer, width + 5)[..., :width]
     return view.copy_(tensor)
 

@@ -1,11 +1,15 @@
 """What only the native layer has: instruction sets, tails, its own exp and erf, threads, strides, build information."""
 
+import importlib
 import math
 import os
+import platform
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
 
+import memory
 import pytest
 import torch
 import torch.nn.functional as F
@@ -172,6 +176,11 @@ def test_bits_do_not_depend_on_the_number_of_threads(isa, op, dtype, threads):
             assert torch.equal(a, b), count
 
 
+def test_what_make_memcheck_runs(threads):
+    threads(2)
+    memory.check_all()
+
+
 @pytest.mark.parametrize("op", ["linear", "norm_mlp"])
 def test_many_rows_are_shared_out_by_rows_with_the_same_bits(op, threads):
     args = arguments(op, torch.float32, rows=1000)
@@ -333,6 +342,27 @@ def test_environment_chooses_the_instruction_set():
     assert in_fresh_interpreter(code, FASTVIT_CPU="portable").stdout.strip() == "portable"
     code = "from fastvit import native; print(native.why_unavailable('cpu'))"
     assert "got sse9" in in_fresh_interpreter(code, FASTVIT_CPU="sse9").stdout
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="what other CPUs have is compiled for all of them")
+def test_no_instruction_strays_from_its_instruction_set():
+    """What a CPU without AVX runs, from the import to the choice of kernels, are functions outside their namespaces."""
+    command = ["objdump", "--disassemble", "--no-show-raw-insn", importlib.import_module("fastvit._C").__file__]
+    levels = {"portable": 0, "avx2": 1, "avx512": 2}
+    owner = re.compile(rf"7fastvit\d+({'|'.join(levels)})")
+    used = re.compile(r"\t(.*%(?:zmm|k[0-7]|[xy]mm(?:1[6-9]|[23]\d)))|\t(?:{vex} )?v")
+    strays, most, name, allowed = {}, [0, 0, 0], "", 0
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+        if line.endswith(">:"):
+            name, found = line.split()[1], owner.search(line)
+            allowed = levels[found[1]] if found else 0
+        elif match := used.search(line):
+            level = 2 if match[1] else 1
+            most[allowed] = max(most[allowed], level)
+            if level > allowed:
+                strays.setdefault(name, line)
+    assert not strays, f"{len(strays)} functions: {list(strays.items())[:3]}"
+    assert most == [0, 1, 2], "the kernels' names are not known"
 
 
 def test_importing_the_module_loads_nothing():

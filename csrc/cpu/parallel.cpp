@@ -10,8 +10,11 @@ namespace fastvit {
 namespace {
 
 constexpr std::align_val_t kAlignment{64};
-// Beyond this a thread keeps nothing.
-constexpr size_t kKept = size_t{256} << 20;
+// Beyond this a thread keeps nothing; 0 shows a memory checker where each Scratch begins and ends.
+#ifndef FASTVIT_SCRATCH_KEPT
+#define FASTVIT_SCRATCH_KEPT (size_t{256} << 20)
+#endif
+constexpr size_t kKept = FASTVIT_SCRATCH_KEPT;
 
 struct Arena {
   char* base = nullptr;
