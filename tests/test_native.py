@@ -331,7 +331,9 @@ def in_fresh_interpreter(code: str, **environment: str) -> subprocess.CompletedP
 
 
 def test_the_peak_is_a_rate(isa):
-    rates = {compute: torch.ops.fastvit_native.cpu_peak(compute) for compute in ("float32", "bfloat16", "float64")}
+    rates = {
+        compute: torch.ops.fastvit_native.cpu_peak(compute) for compute in ("float32", "bfloat16", "float64", "int8")
+    }
     assert all(math.isfinite(rate) and rate > 0.1 for rate in rates.values()), rates
     with pytest.raises(RuntimeError, match="compute must be"):
         torch.ops.fastvit_native.cpu_peak("int4")

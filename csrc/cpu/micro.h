@@ -10,6 +10,10 @@ template <class T>
 struct ComputeOf {
   using type = accumulator_t<T>;
 };
+template <>
+struct ComputeOf<int8_t> {
+  using type = int8_t;
+};
 #if FASTVIT_ISA >= FASTVIT_ISA_AVX512_BF16
 template <>
 struct ComputeOf<bfloat16> {

@@ -31,7 +31,8 @@ double cpu_peak(std::string compute) {
   if (compute == "float32") return peak<float>();
   if (compute == "bfloat16") return peak<bfloat16>();
   if (compute == "float64") return peak<double>();
-  FASTVIT_CHECK(false, "cpu_peak: compute must be float32, bfloat16 or float64, got ", compute);
+  if (compute == "int8") return peak<int8_t>();
+  FASTVIT_CHECK(false, "cpu_peak: compute must be float32, bfloat16, float64 or int8, got ", compute);
   return 0;
 }
 
