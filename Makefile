@@ -11,7 +11,7 @@ ARGS   ?=
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help build lint test test-full mutants sanitize memcheck static bench bench-ops tune plot readme gpu clean
+.PHONY: help build lint test test-full mutants sanitize memcheck static bench bench-ops bench-peers tune plot readme gpu clean
 
 py      := $(VENV)/bin/python
 pip     := $(py) -m pip install -q --disable-pip-version-check
@@ -24,7 +24,7 @@ spread    = $$($(call has,xdist) && printf -- '-n auto --maxprocesses 8 --dist l
 has       = $(py) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("$(1)") is None)'
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: $(VENV)/.built ## the environment, the package and its C++ extension
 
@@ -72,6 +72,10 @@ bench: $(VENV)/.built ## ViT-B/16 on two photographs: table, CSV, chart in RESUL
 
 bench-ops: $(VENV)/.built ## every op against eager, SDPA's backends and torch.compile: rows in RESULTS (ARGS="--op attention")
 	$(py) -m fastvit bench-ops --csv $(RESULTS)/rows.csv $(ARGS)
+
+bench-peers: $(VENV)/.peers ## ViT-S/16 and ViT-B/16 against ONNX Runtime, OpenVINO, zentorch, torch.compile with freezing on a CPU
+	$(py) -m fastvit bench --peers --device cpu --threads 2 --backend auto --csv $(RESULTS)/rows.csv \
+	  --model vit_small_patch16_224,vit_base_patch16_224 --batch 1,8 --dtype float32,bfloat16,int8 $(ARGS)
 
 plot: $(VENV)/.installed ## draw the rows in RESULTS=build/bench again
 	$(py) -m fastvit.benchmarks.plot $(RESULTS)/rows.csv -o $(RESULTS)/rows.png
@@ -132,6 +136,23 @@ $(VENV)/.installed: pyproject.toml setup.py $(VENV)/.torch
 	@echo "installing fastvit and its tools"
 	@FASTVIT_BUILD=none PYTHONWARNINGS=ignore $(pip) -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
+
+# Each by itself: one that cannot be had leaves the others. zentorch asks for any torch, and loads beside its own only.
+$(VENV)/.peers: $(VENV)/.built
+	@echo "installing the peers"
+	@minor=$$($(py) -W ignore -c 'import torch; print(".".join(torch.__version__.split(".")[:2]))'); \
+	$(py) -c "$$list_peers" "zentorch==$$minor.*" | while read -r peer; do \
+	  PYTHONWARNINGS=ignore $(pip) -c $(VENV)/constraints.txt "$$peer" </dev/null \
+	  || echo "$$peer cannot be installed: measuring without it"; done
+	@touch $@
+
+define list_peers
+import re, sys
+from importlib.metadata import requires
+peers = [need.partition(";")[0].strip() for need in requires("fastvit") if re.search(r"extra == .peers.", need)]
+print(*(need for need in peers if not need.startswith("fastvit")), *sys.argv[1:], sep="\n")
+endef
+export list_peers
 
 # Without a compiler or Python's headers fastvit is pure Python: that is said, and is no error. A failed compilation is one.
 $(VENV)/.built: $(VENV)/.installed $(sources)

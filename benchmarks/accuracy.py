@@ -7,6 +7,8 @@ import torch
 
 FACTOR = {torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 ATOL = {torch.float32: 1e-6, torch.bfloat16: 1e-5, torch.float16: 1e-5}  # of the largest logit
+INT8_RELATIVE = 5e-2  # of the logits' norm, which eager's float32 is no yardstick for
+GRADIENT_FACTOR, GRADIENT_ATOL = 2.0, 1e-6  # relative L2 of all gradients as one vector
 FP64_CHUNK = 8
 
 
@@ -27,10 +29,14 @@ FULL = Bounds(4.0, 4.0, 1e-6)
 
 @dataclass(frozen=True)
 class Accuracy:
-    """max_error: largest |logit - fp64 logit|; top1: share of images whose largest logit is fp64's largest."""
+    """max_error: largest |y - y64|, of logits or of gradients; relative: ‖y - y64‖ / ‖y64‖.
+
+    top1: share of images whose largest logit is fp64's largest; None of gradients.
+    """
 
     max_error: float
-    top1: float
+    relative: float
+    top1: float | None
     finite: bool
 
 
@@ -41,32 +47,51 @@ def exact_logits(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def compare(logits: torch.Tensor, exact: torch.Tensor) -> Accuracy:
-    """Compare logits (B, K) with the fp64 logits (B, K) of the same weights and images.
+    """Compare logits (B, K), or a gradient vector, with fp64's of the same weights and images.
 
     Raises:
         ValueError: the shapes differ.
     """
     if logits.shape != exact.shape:
         raise ValueError(f"compare: logits have shape {tuple(logits.shape)}, expected {tuple(exact.shape)}")
-    difference = (logits.double() - exact).abs()
+    difference = logits.double() - exact
     finite = bool(difference.isfinite().all())
-    agreement = (logits.argmax(-1) == exact.argmax(-1)).double().mean()
-    return Accuracy(float(difference.max()) if finite else float("nan"), float(agreement), finite)
+    largest, relative = (
+        (float(difference.abs().max()), float(difference.norm() / exact.norm())) if finite else (math.nan, math.nan)
+    )
+    top1 = float((logits.argmax(-1) == exact.argmax(-1)).double().mean()) if exact.ndim > 1 else None
+    return Accuracy(largest, relative, top1, finite)
 
 
 def why_red(dtype: torch.dtype, got: Accuracy, eager: Accuracy, largest_logit: float) -> str | None:
-    """Why these logits break the whole-model rule, or None: error <= factor x eager's own error in the same dtype."""
+    """Why these logits break the whole-model rule, or None: error <= factor x eager's own error in the same dtype.
+
+    In int8, which eager has not, the relative error is at most `INT8_RELATIVE`.
+    """
+    if (reason := _why_not_finite(got, eager)) is not None:
+        return reason
+    if dtype == torch.int8:
+        return _above("relative error", got.relative, INT8_RELATIVE, "int8's")
+    bound = FACTOR[dtype] * eager.max_error + ATOL[dtype] * largest_logit
+    return _above("max error", got.max_error, bound, f"{FACTOR[dtype]:g} x eager's {eager.max_error:.2e}")
+
+
+def why_red_gradient(got: Accuracy, eager: Accuracy) -> str | None:
+    """Why these gradients break the rule of a training step, or None: relative L2 error <= 2 x eager's own + 1e-6."""
+    if (reason := _why_not_finite(got, eager)) is not None:
+        return reason
+    bound = GRADIENT_FACTOR * eager.relative + GRADIENT_ATOL
+    return _above("relative error", got.relative, bound, f"{GRADIENT_FACTOR:g} x eager's {eager.relative:.2e}")
+
+
+def _why_not_finite(got: Accuracy, eager: Accuracy) -> str | None:
     if not eager.finite:
         return "eager itself gives NaN or infinity, so there is nothing to compare with"
-    if not got.finite:
-        return "NaN or infinity in the logits"
-    bound = FACTOR[dtype] * eager.max_error + ATOL[dtype] * largest_logit
-    if got.max_error <= bound:
-        return None
-    return (
-        f"max error {got.max_error:.2e} is above the bound {bound:.2e} "
-        f"({FACTOR[dtype]:g} x eager's {eager.max_error:.2e})"
-    )
+    return None if got.finite else "NaN or infinity in the result"
+
+
+def _above(what: str, error: float, bound: float, origin: str) -> str | None:
+    return None if error <= bound else f"{what} {error:.2e} is above the bound {bound:.2e} ({origin})"
 
 
 def judge(

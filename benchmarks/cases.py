@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from fastvit.config import ViTConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INT8 = "int8"  # a dtype of whole models only, on a CPU: fastvit.quantize, beside eager in float32
+MODEL_DTYPES = (*DTYPES, INT8)
+DIRECTIONS = FORWARD, TRAINING = "forward", "training"
+TRAINING_DTYPES = ("float32", "bfloat16")
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 DEFAULT_MODELS = ("vit_base_patch16_224",)
@@ -20,20 +24,78 @@ DEFAULT_DTYPES = ("float32",)
 
 @dataclass(frozen=True)
 class Case:
-    """One forward pass: a model's name, the batch B and the name of a dtype."""
+    """One forward pass, or one training step: a model's name, the batch B and the name of a dtype.
+
+    img_size: side of the square images in pixels; None takes the model's own.
+
+    Raises:
+        ValueError: no such model, a size that is no multiple of its patches, or a dtype that cannot be trained in.
+    """
 
     model: str
     batch: int
     dtype: str
+    direction: str = FORWARD
+    img_size: int | None = None
+
+    def __post_init__(self) -> None:
+        P, Q = pair(self.config.patch_size)
+        if self.img_size is not None and (self.img_size % P or self.img_size % Q):
+            raise ValueError(f"img-size {self.img_size} is not divisible by the patches of {self.model}, {P} x {Q}")
+        if self.direction == TRAINING and self.dtype not in TRAINING_DTYPES:
+            raise ValueError(f"direction {TRAINING} takes dtype {', '.join(TRAINING_DTYPES)}, got {self.dtype}")
+
+    @property
+    def config(self) -> ViTConfig:
+        """The model's configuration, at the size of the images."""
+        import fastvit.config
+
+        preset = fastvit.config.preset(self.model)
+        return preset if self.img_size is None else replace(preset, img_size=self.img_size)
+
+    @property
+    def title(self) -> str:
+        """What a reader calls it."""
+        unusual = variant(self.model, pair(self.config.img_size), self.direction)
+        return " ".join([self.model, f"batch {self.batch}", self.dtype, *unusual])
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        """Of eager's weights and of the images: float32 where autocast or quantisation goes below it."""
+        return torch.float32 if self.direction == TRAINING or self.dtype == INT8 else DTYPES[self.dtype]
 
-    def shape(self, config: ViTConfig) -> str:
+    @property
+    def compute(self) -> torch.dtype:
+        """What the matrix products multiply: its rate is the ceiling."""
+        return torch.int8 if self.dtype == INT8 else DTYPES[self.dtype]
+
+    @property
+    def shape(self) -> str:
         """The input's shape as it stands in a row: "8x3x224x224"."""
-        height, width = pair(config.img_size)
-        return f"{self.batch}x{config.in_chans}x{height}x{width}"
+        height, width = pair(self.config.img_size)
+        return f"{self.batch}x{self.config.in_chans}x{height}x{width}"
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations: a training step is a forward pass and two products for each of its products."""
+        return flops(self.config, self.batch) * (3 if self.direction == TRAINING else 1)
+
+    @property
+    def bytes(self) -> int | None:
+        """The least traffic of a forward pass in one dtype; no formula covers the other cases."""
+        if self.direction == TRAINING or self.dtype == INT8:
+            return None
+        return traffic(self.config, self.batch, self.torch_dtype)
+
+
+def variant(model: str, size: tuple[int, int], direction: str) -> list[str]:
+    """What a title says beside model, batch and dtype: a size that is not the model's own, a direction but forward."""
+    from fastvit.config import PRESETS
+
+    own = pair(PRESETS[model].img_size) if model in PRESETS else size
+    height, width = size
+    side = str(height) if height == width else f"{height} x {width}"
+    return [*([] if size == own else [f"{side} px"]), *([] if direction == FORWARD else [direction])]
 
 
 def macs(config: ViTConfig) -> int:

@@ -18,6 +18,7 @@ BURST_S, BURST_CALLS = 3e-3, (3, 40)  # device seconds of one burst, and its few
 SETS = (2, 256)  # fewest and most sets of tensors that take turns
 BUDGET_S = 20.0  # timed seconds per case when the number of rounds is left open
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+REST_S = 0.03  # longer than the threads of OpenMP, ONNX Runtime and oneTBB spin for work
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,14 @@ class Provider:
     """One way to do the work.
 
     run does it once; scope is entered around warm-up and timing but outside the clock, such as `fastvit.backend(name)`.
+    batches: whole batches that one run does side by side; its time is divided by them. note: for its row.
     """
 
     name: str
     run: Callable[[], torch.Tensor]
     scope: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    batches: int = 1
+    note: str = ""
 
 
 @dataclass
@@ -90,6 +94,21 @@ def _time_on_cpu(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def settled(clock: Callable[[Callable[[], object]], float]) -> Callable[[Callable[[], object]], float]:
+    """The same clock after a rest and an untimed call.
+
+    Libraries with threads of their own leave them spinning for a while after a call, which would slow down whoever runs
+    next; the rest lets them fall asleep, and the untimed call wakes those of the library that is timed.
+    """
+
+    def clock_settled(call: Callable[[], object]) -> float:
+        time.sleep(REST_S)
+        call()
+        return clock(call)
+
+    return clock_settled
 
 
 class Burst:
@@ -222,7 +241,7 @@ def _one_round(
     seconds = {}
     for provider in _order(providers, turn):
         with provider.scope():
-            seconds[provider.name] = clock(provider.run)
+            seconds[provider.name] = clock(provider.run) / provider.batches
     return seconds
 
 
@@ -274,6 +293,8 @@ def _status_kib(field_name: str) -> int | None:
 class Ceiling:
     """What this machine reaches right now: the rate of a large matrix product and of a large copy.
 
+    In int8, for which PyTorch has no plain product, the rate is that of multiply-adds on registers alone.
+
     `sample()` between the rounds of `interleave` puts the ceilings under the same load as the work they judge. Random
     data: on a GPU zeros draw less power and run faster than any real work.
     """
@@ -285,11 +306,12 @@ class Ceiling:
         if device.type == "cpu" and not self._has_fast_product(left[:256, :256]):
             left, right = left[:256, :256].clone(), right[:256, :256].clone()
         self._flops = 2 * left.shape[0] ** 3
-        self._products = [(product, Timing()) for product in _products(left, right)]
+        products = _products(left, right) if dtype.is_floating_point else []
+        self._products = [(product, Timing()) for product in products]
         self._source = torch.ones(copy_mib * 2**20, dtype=torch.uint8, device=device)
         self._target = self._source.clone()
         self._copies = Timing()
-        self._register_peak, self._peaks = _register_peak(device, dtype), list[float]()
+        self._register_peak, self._peaks = register_peak(device, dtype), list[float]()
         for product, _ in self._products:  # the first call of each is not kept
             product()
 
@@ -314,8 +336,8 @@ class Ceiling:
     @property
     def gflops(self) -> float:
         """GFLOP/s of the fastest matrix product, or of multiply-adds on registers where those are faster; medians."""
-        product = self._flops / min(timing.median for _, timing in self._products) / 1e9
-        return max(product, quantile(self._peaks, 0.5)) if self._peaks else product
+        rates = [self._flops / timing.median / 1e9 for _, timing in self._products]
+        return max([*rates, quantile(self._peaks, 0.5)] if self._peaks else rates)
 
     @property
     def gbs(self) -> float:
@@ -323,7 +345,7 @@ class Ceiling:
         return 2 * self._source.numel() / self._copies.median / 1e9
 
 
-def _register_peak(device: torch.device, dtype: torch.dtype) -> Callable[[], float] | None:
+def register_peak(device: torch.device, dtype: torch.dtype) -> Callable[[], float] | None:
     """GFLOP/s of a CPU's multiply-adds without memory, on all threads; None where the compiled extension is absent."""
     import fastvit.backends
 
@@ -331,6 +353,13 @@ def _register_peak(device: torch.device, dtype: torch.dtype) -> Callable[[], flo
         return None
     compute = "float32" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
     return lambda: torch.ops.fastvit_native.cpu_peak(compute)
+
+
+def peak_lines(device: torch.device, dtypes: Iterable[torch.dtype]) -> list[str]:
+    """One line per dtype: what multiply-adds reach on this machine right now; none where there is no such measure."""
+    peaks = {dtype: peak for dtype in dtypes if (peak := register_peak(device, dtype)) is not None}
+    rates = {str(dtype).removeprefix("torch."): max(peak() for _ in range(3)) for dtype, peak in peaks.items()}
+    return [f"multiply-adds on registers, {name}: {rate:.0f} GFLOP/s" for name, rate in rates.items()]
 
 
 def _products(left: torch.Tensor, right: torch.Tensor) -> list[Callable[[], torch.Tensor]]:

@@ -30,7 +30,7 @@ def repair_torchvision() -> str | None:
         return None
     if importlib.util.find_spec("torchvision") is None:
         return "torchvision is not installed"
-    failure = _try_import("torchvision")
+    failure = try_import("torchvision")
     if failure is None or "operator torchvision::" not in failure:
         return failure
     _forget("torchvision")
@@ -40,7 +40,7 @@ def repair_torchvision() -> str | None:
         if not hasattr(torch.ops.torchvision, name):
             library.define(schema)
     _LIBRARIES.append(library)
-    return _try_import("torchvision")
+    return try_import("torchvision")
 
 
 def import_timm() -> tuple[ModuleType | None, str | None]:
@@ -50,11 +50,11 @@ def import_timm() -> tuple[ModuleType | None, str | None]:
     reason = repair_torchvision()
     if reason is not None:
         return None, f"timm needs torchvision, and {reason}"
-    reason = _try_import("timm")
+    reason = try_import("timm")
     return (None, reason) if reason else (sys.modules["timm"], None)
 
 
-def _try_import(name: str) -> str | None:
+def try_import(name: str) -> str | None:
     try:
         importlib.import_module(name)
     except Exception as error:  # a broken binary wheel raises anything: OSError, RuntimeError, AttributeError
@@ -80,8 +80,10 @@ class Baseline:
     std: tuple[float, ...]
 
 
-def baseline(name: str, seed: int) -> Baseline:
+def baseline(name: str, seed: int, img_size: int | None = None) -> Baseline:
     """Build the eager model called `name` in fp32 on the CPU, in eval mode, with `randomise_`d weights.
+
+    img_size: side of the images it takes, None for its own.
 
     Raises:
         ValueError: fastvit has no preset of that name.
@@ -89,16 +91,17 @@ def baseline(name: str, seed: int) -> Baseline:
     import fastvit
 
     config = fastvit.config.preset(name)
+    size = {} if img_size is None else {"img_size": img_size}
     timm, reason = import_timm()
     if timm is not None and not timm.is_model(name):
         timm, reason = None, f"timm {timm.__version__} has no model called {name}"
     if timm is not None:
-        model = timm.create_model(name, pretrained=False, num_classes=config.num_classes)
+        model = timm.create_model(name, pretrained=False, num_classes=config.num_classes, **size)
         data = timm.data.resolve_model_data_config(model)
         source = f"timm {timm.__version__}"
         crop_pct, mean, std = data["crop_pct"], tuple(data["mean"]), tuple(data["std"])
     else:
-        model = fastvit.create_model(name)
+        model = fastvit.create_model(name, **size)
         source = "fastvit reference"
         crop_pct, mean, std = 0.9, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     randomise_(model, seed)

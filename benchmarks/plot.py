@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import rows as rows_module
-from .table import batch_of
+from .table import batch_of, variant_of
 
 Row = Mapping[str, object]
 
@@ -68,10 +68,10 @@ def draw(rows: Sequence[Row], path: str | Path) -> Path:
 
 
 def _panels(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
-    """Rows by (device, model, dtype, batch), in the order they come, eager first."""
+    """Rows by (device, model, dtype, batch, and what else sets them apart), in the order they come, eager first."""
     panels: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        name = (str(row["device"]), str(row["case"]), str(row["dtype"]), f"batch {batch_of(row)}")
+        name = (str(row["device"]), str(row["case"]), str(row["dtype"]), f"batch {batch_of(row)}", *variant_of(row))
         panels.setdefault(name, []).append(row)
     return {name: sorted(group, key=lambda row: row["provider"] != "eager") for name, group in panels.items()}
 
@@ -87,7 +87,7 @@ def _figure(panels: Mapping[tuple[str, ...], Sequence[Row]]):
     total = figure.get_figheight()
     top = total - header
     devices = list(dict.fromkeys(name[0] for name in panels))
-    figure.text(0.02, 1 - 0.28 / total, "Images per second, forward pass", size=13, weight="bold", va="center")
+    figure.text(0.02, 1 - 0.28 / total, "Images per second", size=13, weight="bold", va="center")
     figure.text(
         0.02,
         1 - 0.54 / total,
@@ -145,7 +145,7 @@ def _caption(panels: Mapping[tuple[str, ...], Sequence[Row]]) -> str:
     row = [row for group in panels.values() for row in group][-1]
     return (
         f"medians of interleaved rounds, whiskers 20-80 %; × = ratio to eager ({row['eager']}), "
-        "shown only where logits pass the fp64 check\n"
+        "shown only where the fp64 check is passed\n"
         f"torch {row['torch']} · fastvit {row['fastvit']} {row['commit']} · {str(row['date'])[:10]}"
     )
 

@@ -22,6 +22,7 @@ COLUMNS = (
     "gbs",
     "ratio",
     "max_error",
+    "relative_error",
     "error_ratio",
     "top1_agreement",
     "peak_mib",

@@ -1,17 +1,21 @@
 """Run one case: build the providers, check that they agree, time them against each other, make rows."""
 
+import contextlib
 import copy
 import functools
 import gc
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
-from . import accuracy, cases, environment, images, measure, peers
+from . import accuracy, cases, environment, images, measure, peers, training
+from .engines import Engine
 
 EAGER, COMPILE, HEADLINE = "eager", "compile", "fastvit"
+INT8_BACKENDS = ("auto", "cpu")
 
 # told (stage, steps done, steps in all)
 Report = Callable[[str, int, int], None]
@@ -27,7 +31,7 @@ class Options:
 
     device: where. backends: provider names, "auto" among them. compile: also time torch.compile of the eager model.
     repeats: timed rounds, None for as many as fit. seed: of the random weights. images: files to use, in order.
-    images_label: what the rows call them.
+    images_label: what the rows call them. engines: other projects' engines to compare with.
     """
 
     device: torch.device
@@ -37,6 +41,27 @@ class Options:
     compile: bool = False
     repeats: int | None = None
     seed: int = 0
+    engines: tuple[Engine, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The rows of a case, eager first, and for each engine that was asked for and broke the reason."""
+
+    rows: list[dict]
+    left_out: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A provider, the call whose result (logits or a gradient) is compared with fp64, and whether it is a peer's.
+
+    A peer that is wrong keeps its speed, with a note; a peer that breaks is left out.
+    """
+
+    provider: measure.Provider
+    result: Callable[[], torch.Tensor]
+    peer: bool = False
 
 
 def why_not_measured(backend: str, device: torch.device, whole_model: bool = True) -> str | None:
@@ -59,17 +84,24 @@ def why_not_measured(backend: str, device: torch.device, whole_model: bool = Tru
 
 
 def candidates(
-    device: torch.device, requested: Sequence[str], whole_model: bool = True
+    device: torch.device, requested: Sequence[str], whole_model: bool = True, int8: bool = False
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The backends to measure and, for those left out, the reason.
+    """The backends to measure and, for those left out, the reason. int8: whether a case needs the kernels for it.
 
     Raises:
-        UnavailableError: a backend that was requested by name is no candidate here, or fastvit is switched off.
+        UnavailableError: a backend that was requested by name is no candidate here, no kernel computes in int8 here,
+            or fastvit is switched off.
     """
     import fastvit.backends
 
     if fastvit.backends.SETTINGS.disable:
         raise UnavailableError("the environment switches fastvit off, so there is nothing to compare with eager")
+    if int8:
+        reason = why_not_measured("cpu", device) or next(
+            (f"{name} has none" for name in requested if name not in INT8_BACKENDS), None
+        )
+        if reason is not None:
+            raise UnavailableError(f"int8 needs the cpu backend's kernels: {reason}")
     if requested:
         refused = {name: reason for name in requested if (reason := why_not_measured(name, device, whole_model))}
         if refused:
@@ -87,21 +119,23 @@ def provider_name(backend: str) -> str:
     return HEADLINE if backend == "auto" else f"{HEADLINE}-{backend}"
 
 
-def run_case(case: cases.Case, options: Options, report: Report = lambda stage, done, total: None) -> list[dict]:
-    """Measure one case and return its rows, eager first. A row that is not "ok" carries no speed."""
+def run_case(case: cases.Case, options: Options, report: Report = lambda stage, done, total: None) -> Measured:
+    """Measure one case. A row that is not "ok" carries no speed."""
     report("build", 0, 1)
-    if options.compile:
+    if options.compile or options.engines:
         torch.compiler.reset()  # deep copies share its cache: a variant could silently reuse another one's graph
-    base = _baseline(case.model, options.seed)
+    base = _baseline(case.model, options.seed, case.img_size)
     batch, exact = _work(case, options, base)
-    providers, failures = _providers(case, options, base, batch)
-    outcome = _check(case, providers, failures, exact, report)
-    sound = [provider for provider in providers if outcome[provider.name]["status"] == "ok"]
-    ceiling = measure.Ceiling(options.device, case.torch_dtype)
-    with torch.inference_mode():
+    clock = measure.stopwatch(options.device)
+    candidates, failures, left_out = _candidates(case, options, base, batch)
+    ceiling = measure.Ceiling(options.device, case.compute)
+    with contextlib.nullcontext() if case.direction == cases.TRAINING else torch.inference_mode():
+        outcome, broken = _check(case, candidates, failures, exact, report)
+        sound = [one.provider for one in candidates if one.provider.name in outcome]
+        sound = [provider for provider in sound if outcome[provider.name]["status"] == "ok"]
         timings = measure.interleave(
             sound,
-            measure.stopwatch(options.device),
+            measure.settled(clock) if options.engines else clock,
             options.repeats,
             on_round=functools.partial(report, "time"),
             between=ceiling.sample,
@@ -109,61 +143,108 @@ def run_case(case: cases.Case, options: Options, report: Report = lambda stage, 
         for provider in sound:
             outcome[provider.name]["peak_mib"] = measure.peak_mib(provider, options.device)
     rows = _rows(case, options, base, outcome, timings, ceiling)
-    del providers, sound, batch, exact
+    del candidates, sound, batch, exact
     gc.collect()
-    return rows
+    return Measured(rows, left_out | broken)
 
 
 @functools.lru_cache(maxsize=1)
-def _baseline(name: str, seed: int) -> peers.Baseline:
-    return peers.baseline(name, seed)
+def _baseline(name: str, seed: int, img_size: int | None) -> peers.Baseline:
+    return peers.baseline(name, seed, img_size)
 
 
 def _work(case: cases.Case, options: Options, base: peers.Baseline) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batch on the device, and its fp64 logits; images repeat to fill the batch, and are computed once in fp64."""
+    """The batch on the device, and what fp64 makes of it: logits, or the gradient of the first images.
+
+    Images repeat to fill the batch, and their logits are computed once in fp64.
+    """
     import fastvit
 
-    height, width = cases.pair(_config(case.model).img_size)
+    height, width = cases.pair(case.config.img_size)
     if height != width:
         raise ValueError(f"bench: {case.model} takes {height} x {width} images, expected a square")
     files = options.images[: case.batch]
     pixels = images.load(files, height, base.crop_pct, base.mean, base.std).to(options.device, case.torch_dtype)
     order = torch.arange(case.batch, device=options.device) % len(files)
+    rounded = copy.deepcopy(base.model).to(options.device, case.torch_dtype)
     with fastvit.backend("reference"):
-        exact_model = copy.deepcopy(base.model).to(case.torch_dtype).double().to(options.device)
-        exact = accuracy.exact_logits(exact_model, pixels)
-    return pixels[order], exact[order]
+        if case.direction == cases.TRAINING:
+            return pixels[order], training.exact_gradient(rounded, pixels[order], _labels(case, options))
+        return pixels[order], accuracy.exact_logits(rounded.double(), pixels)[order]
 
 
-def _config(name: str):
-    import fastvit.config
-
-    return fastvit.config.PRESETS[name]
+def _labels(case: cases.Case, options: Options) -> torch.Tensor:
+    return training.labels(case.batch, case.config.num_classes, options.seed, options.device)
 
 
-def _providers(
+def _candidates(
     case: cases.Case, options: Options, base: peers.Baseline, batch: torch.Tensor
-) -> tuple[list[measure.Provider], dict[str, str]]:
-    """The providers of a case, which share one set of weights, and why others could not be built."""
+) -> tuple[list[Judged], dict[str, str], dict[str, str]]:
+    """Who takes part, all with one set of weights, and why others could not be built: fastvit's own, then peers."""
     import fastvit
 
-    eager = copy.deepcopy(base.model).to(options.device, case.torch_dtype)
+    eager = copy.deepcopy(base.model).to(options.device, case.torch_dtype).train(case.direction == cases.TRAINING)
     reference_scope = functools.partial(fastvit.backend, "reference")
-    providers = [measure.Provider(EAGER, functools.partial(eager, batch), reference_scope)]
-    if options.compile:
-        compiled = torch.compile(_twin(eager))
-        providers.append(measure.Provider(COMPILE, functools.partial(compiled, batch), reference_scope))
-    failures = {}
+    note = "PyTorch has no int8 for a ViT without another package: eager is float32" if case.dtype == cases.INT8 else ""
+    found = [_judged(case, options, EAGER, eager, batch, reference_scope, note)]
+    if options.compile:  # static: the gradients are checked on fewer images than the step is timed on
+        compiled = torch.compile(_twin(eager), dynamic=False if case.direction == cases.TRAINING else None)
+        found.append(_judged(case, options, COMPILE, compiled, batch, reference_scope))
+    failures: dict[str, str] = {}
     for name in options.backends:
+        if case.dtype == cases.INT8 and name not in INT8_BACKENDS:
+            continue
         scope = functools.partial(fastvit.backend, name)
         try:
             with scope():
-                model = fastvit.accelerate(_twin(eager))
+                found.append(_accelerated(case, options, name, eager, batch, scope))
         except Exception as error:
             failures[provider_name(name)] = one_line(error)
-            continue
-        providers.append(measure.Provider(provider_name(name), functools.partial(model, batch), scope))
-    return providers, failures
+    left_out: dict[str, str] = {}
+    for engine in options.engines:
+        if engine.why_not(case.dtype) is None:
+            try:
+                provider = engine.build(_twin(eager), batch, case.dtype)
+                found.append(Judged(provider, provider.run, peer=True))
+            except Exception as error:
+                left_out[f"{engine.name} ({case.title})"] = one_line(error)
+    return found, failures, left_out
+
+
+def _accelerated(
+    case: cases.Case,
+    options: Options,
+    backend: str,
+    eager: torch.nn.Module,
+    batch: torch.Tensor,
+    scope: Callable[[], AbstractContextManager],
+) -> Judged:
+    import fastvit
+
+    if case.dtype != cases.INT8:
+        return _judged(case, options, provider_name(backend), fastvit.accelerate(_twin(eager)), batch, scope)
+    model = fastvit.accelerate(copy.deepcopy(eager).bfloat16())
+    layers = fastvit.quantize(model)
+    note = f"{sum(layer.int8 for layer in layers)} of {len(layers)} linear layers in int8, the rest bfloat16"
+    return _judged(case, options, provider_name(backend), model, batch.bfloat16(), scope, note)
+
+
+def _judged(
+    case: cases.Case,
+    options: Options,
+    name: str,
+    model: Callable[[torch.Tensor], torch.Tensor],
+    batch: torch.Tensor,
+    scope: Callable[[], AbstractContextManager],
+    note: str = "",
+) -> Judged:
+    """A model's forward pass, or its training step."""
+    if case.direction == cases.FORWARD:
+        provider = measure.Provider(name, functools.partial(model, batch), scope, note=note)
+        return Judged(provider, provider.run)
+    autocast = None if case.compute == case.torch_dtype else case.compute
+    step = training.Step(model, batch, _labels(case, options), autocast)
+    return Judged(measure.Provider(name, step, scope, note=note), step.gradient)
 
 
 def _twin(model: torch.nn.Module) -> torch.nn.Module:
@@ -174,36 +255,51 @@ def _twin(model: torch.nn.Module) -> torch.nn.Module:
 
 def _check(
     case: cases.Case,
-    providers: Sequence[measure.Provider],
+    candidates: Sequence[Judged],
     failures: dict[str, str],
     exact: torch.Tensor,
     report: Report,
-) -> dict[str, dict]:
-    """Run each provider once and judge its logits: status, note, max_error, error_ratio, top1_agreement by name."""
+) -> tuple[dict[str, dict], dict[str, str]]:
+    """Run each provider once and judge its result: by name status, note and the errors; and why a peer broke."""
     outcome: dict[str, dict] = {}
+    broken: dict[str, str] = {}
     eager: accuracy.Accuracy | None = None
-    for number, provider in enumerate(providers):
-        report(f"check {provider.name}", number, len(providers))
+    for number, one in enumerate(candidates):
+        name = one.provider.name
+        report(f"check {name}", number, len(candidates))
         try:
-            with torch.inference_mode(), provider.scope():
-                got = accuracy.compare(provider.run(), exact)
+            with one.provider.scope():
+                got = accuracy.compare(one.result(), exact)
         except Exception as error:  # one provider that breaks must not hide the others
-            outcome[provider.name] = {"status": "FAILED", "note": one_line(error)}
-            if provider.name == EAGER:
+            if name == EAGER:
                 raise
+            if one.peer:
+                broken[f"{name} ({case.title})"] = one_line(error)
+            else:
+                outcome[name] = {"status": "FAILED", "note": one_line(error)}
             continue
         eager = eager or got
-        reason = accuracy.why_red(case.torch_dtype, got, eager, float(exact.abs().max()))
-        outcome[provider.name] = {
-            "status": "FAILED" if reason else "ok",
-            "note": reason or "",
+        reason = _why_red(case, got, eager, exact)
+        comparable = case.dtype != cases.INT8 or got is eager
+        outcome[name] = {
+            "status": "FAILED" if reason and not one.peer else "ok",
+            "note": "; ".join(filter(None, (one.provider.note, reason))),
             "max_error": got.max_error,
-            "error_ratio": got.max_error / eager.max_error if eager.max_error > 0 else None,
+            "relative_error": got.relative,
+            "error_ratio": got.max_error / eager.max_error if comparable and eager.max_error > 0 else None,
             "top1_agreement": got.top1,
         }
-    for name, reason in failures.items():
-        outcome[name] = {"status": "FAILED", "note": reason}
-    return outcome
+    for name, why in failures.items():
+        outcome[name] = {"status": "FAILED", "note": why}
+    return outcome, broken
+
+
+def _why_red(case: cases.Case, got: accuracy.Accuracy, eager: accuracy.Accuracy, exact: torch.Tensor) -> str | None:
+    if case.direction == cases.TRAINING:
+        return accuracy.why_red_gradient(got, eager)
+    if got is eager:  # in int8 it computes in another dtype; NaN and infinity are all that it can do wrong
+        return accuracy.why_red(case.torch_dtype, got, eager, float(exact.abs().max()))
+    return accuracy.why_red(case.compute, got, eager, float(exact.abs().max()))
 
 
 def _rows(
@@ -214,15 +310,13 @@ def _rows(
     timings: dict[str, measure.Timing],
     ceiling: measure.Ceiling,
 ) -> list[dict]:
-    config = _config(case.model)
-    flops = cases.flops(config, case.batch)
     common = {
         "case": case.model,
-        "shape": case.shape(config),
+        "shape": case.shape,
         "dtype": case.dtype,
-        "direction": "forward",
-        "flops": flops,
-        "bytes": cases.traffic(config, case.batch, case.torch_dtype),
+        "direction": case.direction,
+        "flops": case.flops,
+        "bytes": case.bytes,
         "ceiling_gflops": ceiling.gflops,
         "ceiling_gbs": ceiling.gbs,
         "eager": base.source,
@@ -240,13 +334,14 @@ def _rows(
                 p80_ms=timing.p80 * 1e3,
                 repeats=len(timing.samples),
                 images_per_s=case.batch / timing.median,
-                gflops=flops / timing.median / 1e9,
-                ceiling_share=flops / timing.median / 1e9 / ceiling.gflops,
+                gflops=case.flops / timing.median / 1e9,
+                ceiling_share=case.flops / timing.median / 1e9 / ceiling.gflops,
                 ratio=timings[EAGER].median / timing.median if EAGER in timings else None,
             )
         rows.append(row)
     if base.why_not_timm:
-        rows[0]["note"] = f"fastvit's reference stands in for timm: {base.why_not_timm}"
+        stand_in = f"fastvit's reference stands in for timm: {base.why_not_timm}"
+        rows[0]["note"] = "; ".join(filter(None, (rows[0]["note"], stand_in)))
     return rows
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 
+from . import cases
 from .rows import MODEL, OP, of_level, read
 
 Row = Mapping[str, object]
@@ -47,6 +48,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("peak", lambda row: _number(row, "ceiling_share", ".0%")),
     ("vs eager", _ratio),
     ("max error", lambda row: _number(row, "max_error", ".1e")),
+    ("rel error", lambda row: _number(row, "relative_error", ".1e")),
     ("error ratio", _error_ratio),
     ("top-1", lambda row: _number(row, "top1_agreement", ".1%")),
     ("+MiB", lambda row: _number(row, "peak_mib", ".0f")),
@@ -67,8 +69,9 @@ OP_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 LEGEND = (
     "ms: median of interleaved rounds.  peak: share of the fastest arithmetic measured in the same run, a plain matrix "
     "product or multiply-adds on registers.  "
-    "max error: logits against fp64; error ratio: the same as a multiple of eager's own.  "
-    "+MiB: memory one forward pass adds at its highest."
+    "max error, rel error: of the logits, in training of all gradients, against fp64, the largest and ‖y - y64‖ / "
+    "‖y64‖; error ratio: max error as a multiple of eager's own.  "
+    "+MiB: memory one call adds at its highest."
 )
 
 OP_LEGEND = (
@@ -96,7 +99,7 @@ def cases_of(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     def title(row: Row) -> str:
         if row.get("level") == OP:
             return f"{row['case']}  {row['shape']}  {row['dtype']}  {row['direction']}"
-        return f"{row['case']}  batch {batch_of(row)}  {row['dtype']}"
+        return "  ".join([str(row["case"]), f"batch {batch_of(row)}", str(row["dtype"]), *variant_of(row)])
 
     return [(name, list(group)) for name, group in groupby(rows, title)]
 
@@ -104,6 +107,12 @@ def cases_of(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
 def batch_of(row: Row) -> int:
     """B, from the row's shape."""
     return int(str(row["shape"]).split("x", 1)[0])
+
+
+def variant_of(row: Row) -> list[str]:
+    """What sets a row of a whole model apart from the usual one: the size of its images, its direction."""
+    height, width = (int(side) for side in str(row["shape"]).split("x")[2:])
+    return cases.variant(str(row["case"]), (height, width), str(row.get("direction") or cases.FORWARD))
 
 
 def _noise(rows: Iterable[Row]) -> list[str]:
@@ -144,7 +153,8 @@ def _named(row: Row) -> dict[str, str]:
     if row.get("level") == OP:
         return {column: str(row[column]) for column in ("case", "shape", "dtype", "direction", "provider")}
     batch = str(batch_of(row))
-    return {"model": str(row["case"]), "batch": batch, "dtype": str(row["dtype"]), "provider": str(row["provider"])}
+    model = "/".join([str(row["case"]), *(label.replace(" ", "") for label in variant_of(row))])
+    return {"model": model, "batch": batch, "dtype": str(row["dtype"]), "provider": str(row["provider"])}
 
 
 def _align(line: Sequence[str], widths: Sequence[int], names: int) -> str:

@@ -6,6 +6,7 @@ Tables and a progress bar in a terminal, plain aligned rows when piped, JSON on 
 import difflib
 import functools
 import importlib
+import itertools
 import json as json_module
 import math
 import os
@@ -144,11 +145,14 @@ def _sections(described: dict[str, Any]) -> Iterable[tuple[str, list[tuple[str, 
 def bench(
     model: Annotated[list[str] | None, typer.Option(help="Model name; repeat it or separate by commas.")] = None,
     batch: Annotated[list[str] | None, typer.Option(help="Batch size, likewise.  [default: 1,8]")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16, likewise.")] = None,
+    img_size: Annotated[list[str] | None, typer.Option(help="Side in pixels, likewise.  [default: its own]")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16, int8, likewise.")] = None,
+    direction: Annotated[list[str] | None, typer.Option(help="forward (default), training, likewise.")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="Backend, likewise.  [default: all that run here]")] = None,
     images: Annotated[Path | None, typer.Option(help="Directory of images.  [default: two photographs]")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")] = "",
     compile: Annotated[bool, typer.Option("--compile", help="Also time torch.compile of the eager model.")] = False,
+    peers: Annotated[bool, typer.Option("--peers", help="Also time other projects' engines, on a CPU.")] = False,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
     repeats: Annotated[int, typer.Option(min=0, help="Timed rounds; 0 takes as many as fit in 20 s.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
@@ -158,36 +162,52 @@ def bench(
 ) -> None:
     """Time whole models: eager, torch.compile on request and every fastvit backend, checked against fp64.
 
-    Fails when a provider's logits are wrong; such a provider gets no ratio.
+    Fails when a provider of fastvit is wrong; such a provider gets no ratio.
     """
     import torch
 
     cases, photos, charts, tables = map(_benchmarks, ("cases", "images", "plot", "rows"))
-    suite, table = map(_benchmarks, ("suite", "table"))
+    suite, table, engines, measure = map(_benchmarks, ("suite", "table", "engines", "measure"))
 
     if threads:
         torch.set_num_threads(threads)
-    wanted = _cases(cases, model, batch, dtype)
+    place = _device(device)
     with _as_usage_errors(ValueError, suite.UnavailableError):
-        chosen, left_out = suite.candidates(_device(device), _names(backend, _backend_names(), "backend"))
+        wanted = _cases(cases, model, batch, dtype, direction, img_size)
+        dtypes = list(dict.fromkeys(case.dtype for case in wanted))
+        chosen, left_out = suite.candidates(
+            place, _names(backend, _backend_names(), "backend"), int8=cases.INT8 in dtypes
+        )
+        if peers and (place.type != "cpu" or any(case.direction != cases.FORWARD for case in wanted)):
+            raise UsageError("--peers measures forward passes on a CPU")
         if csv is not None:
             tables.read(csv)
         if plot is not None:
             charts.check_target(plot)
         files = photos.list_images(images) if images else photos.photographs()
     options = suite.Options(
-        device=_device(device),
+        device=place,
         backends=chosen,
         images=tuple(files),
         images_label=images.resolve().name if images else "scikit-learn's two photographs",
         compile=compile,
         repeats=repeats or None,
         seed=seed,
+        engines=engines.ENGINES if peers else (),
     )
     keep = functools.partial(tables.write, csv) if csv else None
+    if peers:
+        left_out.update(engines.left_out(dtypes))
+        for line in measure.peak_lines(place, [case.compute for case in wanted]):  # a busy machine shows at once
+            print(line, file=sys.stderr)
+
+    def run(case: Any, report: Callable[..., None]) -> list[dict]:
+        measured = suite.run_case(case, options, report)
+        left_out.update(measured.left_out)
+        return measured.rows
+
     with _as_usage_errors(photos.ImageError):
-        titles = [f"{case.model} batch {case.batch} {case.dtype}" for case in wanted]
-        rows = _measure(titles, [functools.partial(suite.run_case, case, options) for case in wanted], keep)
+        rows = _measure([case.title for case in wanted], [functools.partial(run, case) for case in wanted], keep)
     if plot is not None:
         charts.draw(rows, plot)
     _show(table, rows, left_out, json)
@@ -272,15 +292,25 @@ def _refuse_failures(command: str, rows: Iterable[dict]) -> None:
         raise UsageError(f"{command}: {', '.join(failed)} FAILED, see above")
 
 
-def _cases(cases: Any, model: list[str] | None, batch: list[str] | None, dtype: list[str] | None) -> list[Any]:
-    """Every combination of the models, dtypes and batch sizes that were asked for."""
+def _cases(
+    cases: Any,
+    model: list[str] | None,
+    batch: list[str] | None,
+    dtype: list[str] | None,
+    direction: list[str] | None,
+    img_size: list[str] | None,
+) -> list[Any]:
+    """Every combination of the models, sizes, dtypes and batch sizes that were asked for."""
     import fastvit
 
     models = _names(model, fastvit.list_models(), "model") or list(cases.DEFAULT_MODELS)
     spelled = [cases.ALIASES.get(name, name) for name in _split(dtype)]
-    dtypes = _names(spelled, list(cases.DTYPES), "dtype") or list(cases.DEFAULT_DTYPES)
+    dtypes = _names(spelled, list(cases.MODEL_DTYPES), "dtype") or list(cases.DEFAULT_DTYPES)
     batches = _positives(batch, "batch") or list(cases.DEFAULT_BATCHES)
-    return [cases.Case(m, b, d) for m in models for d in dtypes for b in batches]
+    directions = _names(direction, cases.DIRECTIONS, "direction") or [cases.FORWARD]
+    sizes: Sequence[int | None] = _positives(img_size, "img-size") or [None]
+    grid = itertools.product(models, directions, sizes, dtypes, batches)
+    return [cases.Case(m, b, dtype, way, size) for m, way, size, dtype, b in grid]
 
 
 def _split(values: Iterable[str] | None) -> list[str]:

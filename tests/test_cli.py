@@ -61,7 +61,7 @@ def test_bench_leaves_a_table_rows_and_a_chart(run, tmp_path: Path) -> None:
     assert code == 0, err
     lines = [line.split() for line in out.splitlines()]
     assert [line[3] for line in lines] == ["provider", "eager", "fastvit", "fastvit-reference"]
-    assert {len(line) for line in lines} == {13}
+    assert {len(line) for line in lines} == {14}
     got = rows.read(target)
     assert [r["provider"] for r in got] == ["eager", "fastvit", "fastvit-reference"]
     for r in got:
@@ -143,7 +143,7 @@ def test_what_is_not_measured_is_named_with_the_reason() -> None:
         (("--model", "vit_tinny_patch16_224"), 1, ("vit_tinny_patch16_224", "vit_tiny_patch16_224")),
         (("--backend", "opencl"), 1, ("opencl", "auto, reference, triton, cuda, cpu")),
         (("--backend", "triton", "--device", "cpu"), 1, ("triton", "interpreted")),
-        (("--dtype", "int8"), 1, ("int8", "float32, bfloat16, float16")),
+        (("--dtype", "int4"), 1, ("int4", "float32, bfloat16, float16, int8")),
         (("--batch", "1,0"), 1, ("batch", "'0'")),
         (("--batch", "many"), 1, ("batch", "'many'")),
         (("--device", "tpu"), 1, ("tpu", "cpu, cuda")),
