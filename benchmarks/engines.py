@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -160,6 +161,7 @@ def _in_float32(model: torch.nn.Module) -> torch.nn.Module:
 def _quantised_openvino(converted: Any, images: Any) -> Any:
     import nncf
 
+    nncf.set_log_level(logging.ERROR)  # it would rather have 300 images
     return nncf.quantize(converted, nncf.Dataset([images]), model_type=nncf.ModelType.TRANSFORMER)
 
 
