@@ -206,14 +206,16 @@ class Block(Launcher):
         (n1, qkv, heads, lse, mid, n2, preact, mean1, rstd1, mean2, rstd2), num_heads, scale, activation = args[15:]
         native, rows = torch.ops.fastvit_native, x.reshape(-1, x.shape[-1])
         d = dy.view(rows.shape)
-        up = d.to(n1.dtype) if ls2 is None else (d * ls2).to(n1.dtype)
+        low = d.to(n1.dtype)
+        up = low if ls2 is None else (d * ls2).to(n1.dtype)
         dpreact, hidden = native.matmul(up, fc2_w, preact, activation)
-        dfc2 = _branch_gradients(d, hidden, fc2_w, fc2_b, ls2, wanted[12:15])
+        dfc2 = _branch_gradients(low, hidden, fc2_w, fc2_b, ls2, wanted[12:15])
         dfc1 = _branch_gradients(dpreact, n2, fc1_w, None, None, (*wanted[10:12], False))
         dn2 = native.matmul(dpreact, fc1_w)[0]
         d, _, _, dnw2, dnb2 = native.layer_norm_backward(dn2, d, mid, mean2, rstd2, nw2, None, None)
-        up = d.to(n1.dtype) if ls1 is None else (d * ls1).to(n1.dtype)
-        dproj = _branch_gradients(d, heads, proj_w, proj_b, ls1, wanted[5:8])
+        low = d.to(n1.dtype)
+        up = low if ls1 is None else (d * ls1).to(n1.dtype)
+        dproj = _branch_gradients(low, heads, proj_w, proj_b, ls1, wanted[5:8])
         dheads = native.matmul(up, proj_w)[0].view(x.shape[0], x.shape[1], num_heads, -1)
         dqkv = torch.empty_like(qkv)
         grads, views = _heads(dqkv, x.shape[0], num_heads), _heads(qkv, x.shape[0], num_heads)
@@ -238,7 +240,7 @@ def _branch_gradients(
     The result itself is not kept: with G = dᵀ rows, dγ = Σ_k W G + b Σ d and dW = γ G.
     """
     scaled = layer_scale is not None and wanted[2]
-    G = matmul(d.to(rows.dtype).t(), rows).float() if wanted[0] or scaled else None
+    G = matmul(d.t(), rows).float() if wanted[0] or scaled else None
     total = torch.ops.fastvit_native.column_sum(d) if wanted[1] or scaled else None
     if layer_scale is None:
         return G, total, None
