@@ -164,9 +164,10 @@ class Attention(Launcher):
         return None, None, None, None
 
 
-def _heads(qkv: torch.Tensor, batch: int, num_heads: int) -> tuple[torch.Tensor, ...]:
-    """q, k and v (B, H, N, E) as views of the packed rows (B·N, 3·D)."""
-    return qkv.view(batch, qkv.shape[0] // max(batch, 1), 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+def _heads(qkv: torch.Tensor, shape: torch.Size, num_heads: int) -> tuple[torch.Tensor, ...]:
+    """q, k and v (B, H, N, E) as views of the packed rows (B·N, 3·D) of tokens of shape (B, N, D)."""
+    batch, tokens, width = shape
+    return qkv.view(batch, tokens, 3, num_heads, width // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class Block(Launcher):
         rows = x.reshape(-1, x.shape[-1])
         n1, _, mean1, rstd1 = native.layer_norm(rows, None, None, nw1, nb1, eps[0], low)
         qkv, _ = native.linear(n1, qkv_w, qkv_b, None, None, "none", False, None)
-        heads, lse = native.attention(*_heads(qkv, x.shape[0], num_heads), None, False, scale)
+        heads, lse = native.attention(*_heads(qkv, x.shape, num_heads), None, False, scale)
         heads = heads.view(rows.shape)
         mid, _ = native.linear(heads, proj_w, proj_b, ls1, rows, "none", False, None)
         n2, _, mean2, rstd2 = native.layer_norm(mid, None, None, nw2, nb2, eps[1], low)
@@ -216,9 +217,9 @@ class Block(Launcher):
         low = d.to(n1.dtype)
         up = low if ls1 is None else (d * ls1).to(n1.dtype)
         dproj = _branch_gradients(low, heads, proj_w, proj_b, ls1, wanted[5:8])
-        dheads = native.matmul(up, proj_w)[0].view(x.shape[0], x.shape[1], num_heads, -1)
+        dheads = native.matmul(up, proj_w)[0].view(*x.shape[:2], num_heads, x.shape[2] // num_heads)
         dqkv = torch.empty_like(qkv)
-        grads, views = _heads(dqkv, x.shape[0], num_heads), _heads(qkv, x.shape[0], num_heads)
+        grads, views = _heads(dqkv, x.shape, num_heads), _heads(qkv, x.shape, num_heads)
         native.attention_backward(dheads, *views, heads.view(dheads.shape), lse, *grads, None, False, scale)
         dqkv_parts = _branch_gradients(dqkv, n1, qkv_w, None, None, (*wanted[3:5], False))
         dn1 = native.matmul(dqkv, qkv_w)[0]

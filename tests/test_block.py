@@ -121,6 +121,16 @@ def test_frozen_parameters_get_no_gradient(autocast, learns):
     check([made], 2, 9, 3, autocast=autocast)
 
 
+@AUTOCAST
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (2, 0)])
+def test_no_tokens(autocast, batch, tokens):
+    made, x = learning(48, 80), torch.randn(batch, tokens, 48, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        ops.encoder(x, [made], 3).sum().backward()
+    assert x.grad.shape == x.shape
+    assert not any(t.grad.any() for t in made if isinstance(t, Tensor))
+
+
 @needs_kernel
 def test_other_dtypes_are_left_to_the_ops():
     for dtype in (torch.bfloat16, torch.float64, torch.float16):
