@@ -82,6 +82,17 @@ def check_op(op: str, dtype: torch.dtype) -> None:
             assert CALLS[op][0](**empty).numel() == 0
 
 
+def check_autocast() -> None:
+    """A training block whose products are bfloat16 and whose tokens and parameters are float32."""
+    tensors = made("encoder", torch.float32)
+    want = differentiate("encoder", {name: tensor.double() for name, tensor in tensors.items()}, "reference")
+    for lay in (Tensor.clone, partial(arena, device="cpu")):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = differentiate("encoder", {name: lay(tensor) for name, tensor in tensors.items()}, "cpu")
+        for what, g, w in zip(["output", *tensors], got, want, strict=True):
+            close(f"encoder under autocast: {what}", g, w, BOUNDS[torch.bfloat16] * (1 if what == "output" else 2))
+
+
 def check_masks(dtype: torch.dtype) -> None:
     heads = [torch.randn(2, 2, n, 19).to(dtype) for n in (21, 35, 35)]
     shown = (torch.rand(2, 1, 21, 35) > 0.4).index_fill(3, torch.tensor(0), True)
@@ -165,6 +176,7 @@ def check_all(dtypes: Iterable[torch.dtype] = tuple(BOUNDS)) -> None:
         check_products(dtype)
         check_bytes(dtype)
     check_encoder()
+    check_autocast()
     check_model()
 
 
