@@ -317,3 +317,13 @@ def test_hooks_on_blocks_fire(model):
         handle.remove()
         torch.testing.assert_close(model(images()), y, atol=1e-4, rtol=1e-4)
         assert len(seen) == 1
+
+
+def test_a_block_put_in_later_computes_what_it_says(model):
+    class Doubled(timm.models.vision_transformer.Block):
+        def forward(self, x, **options):
+            return 2 * super().forward(x, **options)
+
+    model.blocks[1] = randomize(Doubled(48, 3, qkv_bias=True), seed=9).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(images()), logits_of_eager(model, images()), atol=1e-4, rtol=1e-4)
