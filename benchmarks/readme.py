@@ -49,7 +49,8 @@ def _of_device(device: str, rows: Sequence[Row]) -> str:
     lines = [_line(["case", "provider", *(title for title, _ in table.COLUMNS)])]
     lines.append(_line(["---", "---", *("---:" for _ in table.COLUMNS)]))
     for title, group in table.cases_of(rows):
-        shown = [row for row in group if row["provider"] in SHOWN or row["status"] != "ok" or row is _best_peer(group)]
+        best = _best_peer(group)
+        shown = [row for row in group if row["provider"] in SHOWN or row["status"] != "ok" or row is best]
         lines += [_line([title, str(row["provider"]), *(cell(row) for _, cell in table.COLUMNS)]) for row in shown]
     notes = [f"- {note}" for note in (table.LEGEND, *table.footnotes(rows, {}))]
     return "\n".join([f"**{device}**", "", *lines, "", *notes, ""])

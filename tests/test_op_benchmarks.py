@@ -250,6 +250,16 @@ def test_rows_of_ops_leave_the_models_alone(run, tmp_path) -> None:
     assert next(iter(table.rich_tables(rows.read(target)))).columns[1].header == "ms"
 
 
+def test_the_readme_shows_eager_fastvit_and_the_best_of_the_others() -> None:
+    speeds = {"eager": 5, "slow": 6, "best": 9, "broken": 30, "fastvit": 8, "fastvit-cpu": 10}
+    common = {"case": "vit", "shape": "1x3x8x8", "dtype": "float32", "direction": "forward", "device": "cpu"}
+    stamp = dict.fromkeys(("eager", "torch", "fastvit", "commit"), "1")
+    shown = [{**common, **stamp, "provider": name, "status": "ok", "images_per_s": v} for name, v in speeds.items()]
+    shown[3] |= {"status": "FAILED", "images_per_s": ""}
+    table_rows = [line.split(" | ")[1] for line in readme.section(shown).splitlines() if line.startswith("| vit")]
+    assert table_rows == ["eager", "best", "broken", "fastvit"]
+
+
 def test_rows_are_shown_again_from_their_file(run, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "rows.csv"
     _, out, _ = run("--op", "layer_norm", "--backend", "reference", "--csv", target)

@@ -31,10 +31,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Opt
   FASTVIT_CHECK(x.dim() == 2, kOp, ": x must have shape (M, D)");
   FASTVIT_CHECK(residual || !layer_scale, kOp, ": layer_scale needs a residual");
   const int64_t m = x.size(0), width = x.size(1);
-  const bool mixed = to_bfloat16 && x.scalar_type() == ScalarType::Float;
-  FASTVIT_CHECK(mixed || !to_bfloat16 || x.scalar_type() == ScalarType::BFloat16, kOp,
-                ": only float32 rows become bfloat16");
-  Tensor y = empty(x, {m, width}, mixed ? ScalarType::BFloat16 : x.scalar_type());
+  FASTVIT_CHECK(!to_bfloat16 || x.scalar_type() == ScalarType::Float, kOp, ": only float32 rows become bfloat16");
+  Tensor y = empty(x, {m, width}, to_bfloat16 ? ScalarType::BFloat16 : x.scalar_type());
   Tensor z = residual ? empty(x, {m, width}) : empty(x, {0});
   Tensor mean = empty(x, {m}, statistics_dtype(x));
   Tensor rstd = empty(x, {m}, statistics_dtype(x));
@@ -62,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Opt
     const int64_t grain = 16384 / (width + 1) + 1;
     parallel_for(m, grain, [&](int64_t begin, int64_t end) { layer_norm_rows(args, begin, end); });
   };
-  if (mixed)
+  if (to_bfloat16)
     run(float{}, bfloat16{});
   else
     dispatch(x, kOp, [&](auto tag) { run(tag, tag); });

@@ -125,6 +125,7 @@ def run_block(
     """
     args = (x, *parameters, eps, num_heads, scale, activation, compute)
     backend = backends.serving("encoder", x, parameters, eps, num_heads, scale, activation, compute, [])
-    if backend in (None, "reference") or backends.implementation("encoder", backend).block.why_not(*args) is not None:
+    if backend is None or backend == "reference":
         return None
-    return _op(*args, backend)[0]
+    block = getattr(backends.implementation("encoder", backend), "block", None)
+    return None if block is None or block.why_not(*args) is not None else _op(*args, backend)[0]
