@@ -46,39 +46,53 @@ FASTVIT_INLINE Vec<accumulator_t<T>> masked(const AttentionArgs<T>& g, const voi
   return score;
 }
 
-// exp(scale * scores + mask - max) of one query as units, and its maximum and sum.
+// exp(scale * scores + mask - max) of the queries [query, query + count) as lines, and each one's maximum and sum. What
+// runs along a row ends in a vector; those of all rows are then reduced at once, so that no row waits for another.
 template <class T, class C>
-void softmax_row(const AttentionArgs<T>& g, const void* mask, int64_t query, int64_t keys, accumulator_t<T>* scores,
-                 unit_t<C>* probabilities, int64_t line_stride, accumulator_t<T>& maximum, accumulator_t<T>& total) {
+void softmax_tile(const AttentionArgs<T>& g, const void* mask, int64_t query, int64_t count, int64_t keys,
+                  accumulator_t<T>* scores, int64_t stride, unit_t<C>* probabilities, accumulator_t<T>* maximum,
+                  accumulator_t<T>* total) {
   using A = accumulator_t<T>;
   constexpr int64_t lanes = kLanes<A>, per_unit = Units<C>::kPerUnit;
-  const bool special = g.mask_kind != MaskKind::none || g.causal || !(g.scale >= 0);
+  const bool special = g.mask_kind != MaskKind::none || g.causal || !(g.scale > 0);
   const int64_t whole = keys / lanes * lanes, end = lines_of<C>(keys) * kLine<C>;
   const Vec<A> hidden = Vec<A>{} - A(INFINITY);
-  if (special)
-    for (int64_t key = 0; key < keys; key += lanes)
-      store(scores + key, masked(g, mask, query, key, keys - key, load(scores + key)));
-  if (whole < keys) store(scores + whole, fill_beyond<A>(load(scores + whole), keys - whole, -A(INFINITY)));
-  for (int64_t key = whole + (whole < keys) * lanes; key < end; key += lanes) store(scores + key, hidden);
-  Vec<A> largest[2] = {hidden, hidden};
-  int64_t key = 0;
-  for (; key + 2 * lanes <= end; key += 2 * lanes)
-    for (int j = 0; j < 2; j++) largest[j] = larger<A>(load(scores + key + j * lanes), largest[j]);
-  for (; key < end; key += lanes) largest[0] = larger<A>(load(scores + key), largest[0]);
-  const A top = max_of<A>(larger<A>(largest[0], largest[1])), shift = top == -A(INFINITY) ? A(0) : top;
   const A factor = special ? A(1) : A(g.scale);
-  Vec<A> sum[per_unit] = {};
-  for (key = 0; key < end; key += kLine<C>, probabilities += line_stride) {
-    Vec<A> e[per_unit];
-    for (int v = 0; v < per_unit; v++) {
-      e[v] = Rounded<C>::exp_scaled(load(scores + key + v * lanes) - shift, factor);
-      sum[v] += e[v];
+  for (int64_t first = 0; first < count; first += lanes) {
+    const int64_t rows = count - first < lanes ? count - first : lanes;
+    A* row = scores + first * stride;
+    Vec<A> result[lanes] = {};
+    for (int64_t i = 0; i < rows; i++, row += stride) {
+      if (special)
+        for (int64_t key = 0; key < keys; key += lanes)
+          store(row + key, masked(g, mask, query + first + i, key, keys - key, load(row + key)));
+      Vec<A> largest = hidden;
+      if (whole < keys) store(row + whole, largest = fill_beyond<A>(load(row + whole), keys - whole, -A(INFINITY)));
+      for (int64_t key = whole + (whole < keys) * lanes; key < end; key += lanes) store(row + key, hidden);
+      for (int64_t key = 0; key < whole; key += lanes) largest = larger<A>(load(row + key), largest);
+      result[i] = largest;
     }
-    store(probabilities, Units<C>::from(e));
+    A shift[lanes];
+    const Vec<A> top = across<A>(result, larger<A>) * factor;
+    store(maximum + first, top, rows);
+    store(shift, top == hidden ? Vec<A>{} : top);
+    row = scores + first * stride;
+    for (int64_t i = 0; i < rows; i++, row += stride) {
+      unit_t<C>* out = probabilities + (first + i) * lanes;
+      Vec<A> sum[per_unit] = {};
+      for (int64_t key = 0; key < end; key += kLine<C>, out += count * lanes) {
+        Vec<A> e[per_unit];
+        for (int v = 0; v < per_unit; v++) {
+          e[v] = Rounded<C>::exp_of(load(row + key + v * lanes), factor, shift[i]);
+          sum[v] += e[v];
+        }
+        store(out, Units<C>::from(e));
+      }
+      for (int v = 1; v < per_unit; v++) sum[0] += sum[v];
+      result[i] = sum[0];
+    }
+    store(total + first, across<A>(result, [](Vec<A> a, Vec<A> b) { return a + b; }), rows);
   }
-  maximum = special ? top : top * factor;
-  for (int v = 1; v < per_unit; v++) sum[0] += sum[v];
-  total = sum_of<A>(sum[0]);
 }
 
 // Values as [unit of keys][padded E]; answers whether all of them are finite.
@@ -177,13 +191,11 @@ FASTVIT_INLINE void attend(const AttentionArgs<T>& g, const HeadBuffers<T>& buff
   const int64_t mask_offset = batch * g.mask_strides[0] + head * g.mask_strides[1];
   const int64_t mask_bytes = g.mask_kind == MaskKind::boolean ? 1 : g.mask_kind == MaskKind::additive ? sizeof(T) : 4;
   const char* mask = static_cast<const char*>(g.mask) + (g.mask ? mask_offset * mask_bytes : 0);
-  A maximum[kTileRows], inverse[kTileRows];
+  A maximum[kTileRows], total[kTileRows], inverse[kTileRows];
+  softmax_tile<T, C>(g, mask, query, count, keys, buffers.scores, stride, buffers.probabilities, maximum, total);
   for (int64_t i = 0; i < count; i++) {
-    A total;
-    softmax_row<T, C>(g, mask, query + i, keys, buffers.scores + i * stride, buffers.probabilities + i * lanes,
-                      count * lanes, maximum[i], total);
-    inverse[i] = maximum[i] == -A(INFINITY) && total == A(0) ? A(0) : A(1) / total;
-    if (g.lse) g.lse[(batch * g.heads + head) * g.queries + query + i] = maximum[i] + std::log(total);
+    inverse[i] = maximum[i] == -A(INFINITY) && total[i] == A(0) ? A(0) : A(1) / total[i];
+    if (g.lse) g.lse[(batch * g.heads + head) * g.queries + query + i] = maximum[i] + std::log(total[i]);
   }
   if (!buffers.finite_values && (g.causal || g.mask_kind == MaskKind::boolean)) {
     for (int64_t i = 0; i < count; i++)

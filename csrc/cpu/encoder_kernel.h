@@ -176,35 +176,61 @@ class Encoder {
     });
   }
 
-  // f(group, tiles, tile, column, number) for every tile of a wave and every panel of a weight; number(i, j) is vector
-  // j of row i of the tile, bias included.
+  // kPanel columns of a result from `first` on, or, where that is its end, fewer.
+  template <bool Full>
+  struct Columns {
+    int64_t first, n;
+    FASTVIT_INLINE int64_t left(int j) const { return Full ? kLanesA : n - first - j * kLanesA; }
+    // Writes a row's vectors.
+    template <class To>
+    FASTVIT_INLINE void put(To* out, const Vec<float>* v) const {
+      if constexpr (Full && std::is_same_v<compute_t<To>, bfloat16>)
+        store(reinterpret_cast<A*>(out), Units<To>::from(v));
+      else
+        for (int j = 0; j < kPanelVectors && left(j) > 0; j++) store(out + j * kLanesA, v[j], left(j));
+    }
+  };
+  template <class F>
+  FASTVIT_INLINE static void with_columns(int64_t first, int64_t n, const F& f) {
+    if (first + kPanelVectors * kLanesA <= n)
+      f(Columns<true>{first, n});
+    else
+      f(Columns<false>{first, n});
+  }
+
+  // f(group, tiles, tile, columns, numbers) for every tile of a wave and every panel of a weight; numbers(i, v) sets
+  // the vectors of row i of the tile, bias included.
   template <class F>
   void multiply(Team::Worker& worker, int64_t wave, const LinearArgs& linear, bool by_wave, const F& f) {
     const PackedWeight& w = linear.weight;
     if (is_int8(linear))
       each_panel<int8_t>(worker, wave, linear, by_wave ? hidden_bytes_ : bytes_, by_wave,
-                         [&](int64_t group, const Tiles& tiles, int64_t t, int64_t column, const int32_t* values,
+                         [&](int64_t group, const Tiles& tiles, int64_t t, const auto& columns, const int32_t* values,
                              const Vec<float>* bias) {
                            const int64_t first = (by_wave ? wave_row(group, wave) : begin_of(group)) + tiles.begin(t);
                            const RowRange* range = (by_wave ? hidden_ranges_ : ranges_) + first;
                            Vec<float> step[kPanelVectors], sum[kPanelVectors];
                            for (int j = 0; j < kPanelVectors; j++) {
-                             step[j] = load_at(w.step, column + j * kLanesA, w.n);
-                             sum[j] = load_at(w.sum, column + j * kLanesA, w.n);
+                             step[j] = load_at(w.step, columns.first + j * kLanesA, w.n);
+                             sum[j] = load_at(w.sum, columns.first + j * kLanesA, w.n);
                            }
-                           f(group, tiles, t, column, [&](int64_t i, int j) {
-                             const VecI exact = load(values + i * kPanel<int8_t> + j * kLanesA);
-                             return __builtin_convertvector(exact, Vec<float>) * (step[j] * range[i].step) +
-                                    (sum[j] * range[i].low + bias[j]);
+                           f(group, tiles, t, columns, [=](int64_t i, Vec<float>* v) {
+                             for (int j = 0; j < kPanelVectors; j++) {
+                               const VecI exact = load(values + i * kPanel<int8_t> + j * kLanesA);
+                               v[j] = __builtin_convertvector(exact, Vec<float>) * (step[j] * range[i].step) +
+                                      (sum[j] * range[i].low + bias[j]);
+                             }
                            });
                          });
     else
-      each_panel<C>(
-          worker, wave, linear, by_wave ? hidden_ : lines_, by_wave,
-          [&](int64_t group, const Tiles& tiles, int64_t t, int64_t column, const A* values, const Vec<float>* bias) {
-            f(group, tiles, t, column,
-              [&](int64_t i, int j) { return load(values + i * kPanel<C> + j * kLanesA) + bias[j]; });
-          });
+      each_panel<C>(worker, wave, linear, by_wave ? hidden_ : lines_, by_wave,
+                    [&](int64_t group, const Tiles& tiles, int64_t t, const auto& columns, const A* values,
+                        const Vec<float>* bias) {
+                      f(group, tiles, t, columns, [=](int64_t i, Vec<float>* v) {
+                        for (int j = 0; j < kPanelVectors; j++)
+                          v[j] = load(values + i * kPanel<C> + j * kLanesA) + bias[j];
+                      });
+                    });
   }
 
   template <class L, class F>
@@ -227,18 +253,22 @@ class Encoder {
       multiply_panel(
           x, static_cast<const unit_t<L>*>(w.panels) + p * size, p * kPanel<L>, w.n,
           reinterpret_cast<unit_t<L>*>(sums_), [](int64_t, int64_t) {},
-          [&](int64_t t, int64_t column, const unit_t<L>* values) { f(group, tiles, t, column, values, bias); });
+          [&](int64_t t, int64_t column, const unit_t<L>* values) {
+            with_columns(column, w.n, [&](const auto& columns) { f(group, tiles, t, columns, values, bias); });
+          });
     });
   }
 
   void project_qkv(Team::Worker& worker, int64_t wave, const LinearArgs& linear) {
     const int64_t n = linear.weight.n;
     multiply(worker, wave, linear, false,
-             [&](int64_t group, const Tiles& tiles, int64_t t, int64_t column, const auto& number) {
-               P* out = qkv_ + (begin_of(group) + tiles.begin(t)) * n + column;
-               for (int64_t i = 0; i < tiles.height(t); i++, out += n)
-                 for (int j = 0; j < kPanelVectors && column + j * kLanesA < n; j++)
-                   store(out + j * kLanesA, number(i, j), n - column - j * kLanesA);
+             [&](int64_t group, const Tiles& tiles, int64_t t, const auto& columns, const auto& numbers) {
+               P* out = qkv_ + (begin_of(group) + tiles.begin(t)) * n + columns.first;
+               for (int64_t i = 0; i < tiles.height(t); i++, out += n) {
+                 Vec<float> v[kPanelVectors];
+                 numbers(i, v);
+                 columns.put(out, v);
+               }
              });
   }
 
@@ -276,21 +306,29 @@ class Encoder {
   }
 
   void activate_hidden(Team::Worker& worker, int64_t wave, const LinearArgs& linear, bool to_int8) {
-    const Activation activation = g_.activation;
+    if (g_.activation == Activation::gelu)
+      activate_hidden(worker, wave, linear, to_int8, std::integral_constant<Activation, Activation::gelu>{});
+    else
+      activate_hidden(worker, wave, linear, to_int8, g_.activation);
+  }
+
+  template <class Chosen>
+  void activate_hidden(Team::Worker& worker, int64_t wave, const LinearArgs& linear, bool to_int8, Chosen activation) {
     const int64_t n = linear.weight.n;
     multiply(worker, wave, linear, false,
-             [&](int64_t group, const Tiles& tiles, int64_t t, int64_t column, const auto& number) {
+             [&](int64_t group, const Tiles& tiles, int64_t t, const auto& columns, const auto& numbers) {
                const int64_t first = wave_row(group, wave);
-               if (to_int8) {
-                 P* out = activated_ + (first + tiles.begin(t)) * n + column;
-                 for (int64_t i = 0; i < tiles.height(t); i++, out += n)
-                   for (int j = 0; j < kPanelVectors && column + j * kLanesA < n; j++)
-                     store(out + j * kLanesA, Rounded<C>::activated(number(i, j), activation),
-                           n - column - j * kLanesA);
-               } else {
-                 put_panel<C>(hidden_ + first * row_units<C>(n), tiles, t, column, n, [&](int64_t i, Vec<A>* v) {
-                   for (int j = 0; j < kPanelVectors; j++) v[j] = Rounded<C>::activated(number(i, j), activation);
-                 });
+               const auto activated = [&](int64_t i, Vec<A>* v) {
+                 numbers(i, v);
+                 for (int j = 0; j < kPanelVectors; j++) v[j] = Rounded<C>::activated(v[j], activation);
+               };
+               if (!to_int8)
+                 return put_panel<C>(hidden_ + first * row_units<C>(n), tiles, t, columns.first, n, activated);
+               P* out = activated_ + (first + tiles.begin(t)) * n + columns.first;
+               for (int64_t i = 0; i < tiles.height(t); i++, out += n) {
+                 Vec<float> v[kPanelVectors];
+                 activated(i, v);
+                 columns.put(out, v);
                }
              });
   }
@@ -298,17 +336,19 @@ class Encoder {
   void add_product(Team::Worker& worker, int64_t wave, const LinearArgs& linear, bool by_wave) {
     const int64_t n = linear.weight.n;
     multiply(worker, wave, linear, by_wave,
-             [&](int64_t group, const Tiles& tiles, int64_t t, int64_t column, const auto& number) {
-               float* out = stream_ + (begin_of(group) + tiles.begin(t)) * n + column;
+             [&](int64_t group, const Tiles& tiles, int64_t t, const auto& columns, const auto& numbers) {
+               float* out = stream_ + (begin_of(group) + tiles.begin(t)) * n + columns.first;
                Vec<float> scale[kPanelVectors];
                for (int j = 0; j < kPanelVectors; j++)
-                 scale[j] =
-                     linear.layer_scale ? load_at(linear.layer_scale, column + j * kLanesA, n) : Vec<float>{} + 1.0f;
-               for (int64_t i = 0; i < tiles.height(t); i++, out += n)
-                 for (int j = 0; j < kPanelVectors && column + j * kLanesA < n; j++) {
-                   const int64_t left = n - column - j * kLanesA;
-                   store(out + j * kLanesA, number(i, j) * scale[j] + load(out + j * kLanesA, left), left);
-                 }
+                 scale[j] = linear.layer_scale ? load_at(linear.layer_scale, columns.first + j * kLanesA, n)
+                                               : Vec<float>{} + 1.0f;
+               for (int64_t i = 0; i < tiles.height(t); i++, out += n) {
+                 Vec<float> v[kPanelVectors];
+                 numbers(i, v);
+                 for (int j = 0; j < kPanelVectors && columns.left(j) > 0; j++)
+                   v[j] = fma(v[j], scale[j], load(out + j * kLanesA, columns.left(j)));
+                 columns.put(out, v);
+               }
              });
   }
 

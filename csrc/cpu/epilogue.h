@@ -42,8 +42,12 @@ class Epilogue {
       } else {
         v[j] = activate<A>(v[j], g_.activation);
       }
-      if (g_.layer_scale) v[j] *= scale_[j];
-      if (g_.residual) v[j] += load(residual + column(j), left(j));
+      if (g_.layer_scale && g_.residual)
+        v[j] = fma(v[j], scale_[j], load(residual + column(j), left(j)));
+      else if (g_.layer_scale)
+        v[j] *= scale_[j];
+      else if (g_.residual)
+        v[j] += load(residual + column(j), left(j));
       store(y + column(j), v[j], left(j));
     }
   }

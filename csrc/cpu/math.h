@@ -146,17 +146,19 @@ FASTVIT_INLINE Vec<A> activate_with_slope(Vec<A> x, Activation activation, Vec<A
 // The same functions for a result that is rounded to C.
 template <class C>
 struct Rounded {
-  FASTVIT_INLINE static Vec<C> exp_scaled(Vec<C> x, C scale) { return exp(x * scale); }
+  // exp(scale * x - shift)
+  FASTVIT_INLINE static Vec<C> exp_of(Vec<C> x, C scale, C shift) { return exp(x * scale - shift); }
   FASTVIT_INLINE static Vec<C> activated(Vec<C> x, Activation activation) { return activate<C>(x, activation); }
 };
 
 #if FASTVIT_ISA >= FASTVIT_ISA_AVX512_BF16
 template <>
 struct Rounded<bfloat16> {
-  // exp(scale * x) to 3e-6, by 2^n times a polynomial of degree 4.
-  FASTVIT_INLINE static Vec<float> exp_scaled(Vec<float> x, float scale) {
+  // To 3e-6, by 2^n times a polynomial of degree 4.
+  FASTVIT_INLINE static Vec<float> exp_of(Vec<float> x, float scale, float shift) {
     using V = Vec<float>;
-    const V e = x * (scale * 1.44269504088896341f), f = _mm512_reduce_ps(e, 0);
+    constexpr float kLog2E = 1.44269504088896341f;
+    const V e = fma(x, V{} + scale * kLog2E, V{} - shift * kLog2E), f = _mm512_reduce_ps(e, 0);
     V p = fma(V{} + 0.00957090686f, f, V{} + 0.0559178963f);
     p = fma(p, f, V{} + 0.240247205f);
     p = fma(p, f, V{} + 0.69312191f);

@@ -183,6 +183,18 @@ FASTVIT_INLINE void transpose(Vec<A>* r) {
   if constexpr (S > 1) transpose<A, S / 2>(r);
 }
 
+// f of each vector's lanes: lane i is that of r[i]. What is in r is lost.
+template <class A, int S = kLanes<A> / 2, class F>
+FASTVIT_INLINE Vec<A> across(Vec<A>* r, const F& f) {
+#pragma GCC unroll 16
+  for (int i = 0; i < S; i++) {
+    exchange<S>(r[i], r[i + S], std::make_index_sequence<kLanes<A>>{});
+    r[i] = f(r[i], r[i + S]);
+  }
+  if constexpr (S > 1) return across<A, S / 2>(r, f);
+  return r[0];
+}
+
 // Rows of k elements as the lines of one tile.
 template <class C, class T>
 FASTVIT_INLINE void pack_lines(const T* src, int64_t stride, int64_t rows, int64_t k, unit_t<C>* dst) {

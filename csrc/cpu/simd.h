@@ -162,23 +162,33 @@ FASTVIT_INLINE A max_of(Vec<A> v) {
   return fold<A>(v, [](A a, A b) { return a > b ? a : b; });
 }
 
+template <class A, size_t... I>
+FASTVIT_INLINE Vec<A> lane_numbers(std::index_sequence<I...>) {
+  return Vec<A>{A(I)...};
+}
+
 // The first n lanes, and `value` in the others.
 template <class A>
 FASTVIT_INLINE Vec<A> fill_beyond(Vec<A> v, int64_t n, A value) {
-  for (int64_t i = n; i < kLanes<A>; i++) v[i] = value;
-  return v;
+  return lane_numbers<A>(std::make_index_sequence<kLanes<A>>{}) < A(n) ? v : Vec<A>{} + value;
 }
 
-// Numbers in [0, 255], rounded to nearest even, as bytes; others saturate.
-FASTVIT_INLINE void store_bytes(uint8_t* p, Vec<float> v) {
+// Four vectors of numbers in [0, 255], rounded to nearest even, as bytes; others saturate.
+FASTVIT_INLINE void store_bytes(uint8_t* p, const Vec<float>* v) {
 #if FASTVIT_ISA >= FASTVIT_ISA_AVX512
-  const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(_mm512_cvtps_epi32(v), _mm512_setzero_si512()));
+  const __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(v[0]), _mm512_cvtps_epi32(v[1]));
+  const __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(v[2]), _mm512_cvtps_epi32(v[3]));
+  // The packing instructions work within 16 bytes, so the groups of four bytes end up among one another.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
   std::memcpy(p, &bytes, sizeof(bytes));
 #else
-  v = v > 0.0f ? v : Vec<float>{};
-  v = v < 255.0f ? v : Vec<float>{} + 255.0f;
-  const VecI rounded = bit_cast<VecI>(v + 12582912.0f) - 0x4b400000;
-  for (int i = 0; i < kLanes<float>; i++) p[i] = static_cast<uint8_t>(rounded[i]);
+  for (int part = 0; part < 4; part++, p += kLanes<float>) {
+    Vec<float> x = v[part] > 0.0f ? v[part] : Vec<float>{};
+    x = x < 255.0f ? x : Vec<float>{} + 255.0f;
+    const VecI rounded = bit_cast<VecI>(x + 12582912.0f) - 0x4b400000;
+    for (int i = 0; i < kLanes<float>; i++) p[i] = static_cast<uint8_t>(rounded[i]);
+  }
 #endif
 }
 
@@ -193,6 +203,15 @@ FASTVIT_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return _mm512_fmadd_ps(a, b, c);
 #elif FASTVIT_ISA == FASTVIT_ISA_AVX2
   return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+FASTVIT_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if FASTVIT_ISA >= FASTVIT_ISA_AVX512
+  return _mm512_fmadd_pd(a, b, c);
+#elif FASTVIT_ISA == FASTVIT_ISA_AVX2
+  return _mm256_fmadd_pd(a, b, c);
 #else
   return a * b + c;
 #endif
