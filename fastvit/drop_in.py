@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from . import backends, layers, ops, prepack
-from .fused import BLOCK_OPS, INT8, MARK, has_hooks
+from .fused import BLOCK_OPS, INT8, KNOWN, MARK, has_hooks
 from .integrations import ADAPTERS, Options, Plan
 from .release import give_back, is_released, release
 from .settings import SETTINGS
@@ -150,7 +150,8 @@ def accelerate(
     for module, found in fused:
         if "forward" in module.__dict__:
             continue
-        module.__dict__["forward"] = partial(_call, found.forward, module)
+        called = partial(_call, found.forward) if found.whole else found.forward
+        module.__dict__["forward"] = partial(called, module)
         module.__dict__[MARK] = found.ops
     if release_original:
         release(model)
@@ -170,7 +171,8 @@ def restore(model: Model) -> Model:
     for module in model.modules():
         if module.__dict__.pop(MARK, None) is not None:
             del module.__dict__["forward"]
-        module.__dict__.pop(INT8, None)
+        for name in (INT8, KNOWN):
+            module.__dict__.pop(name, None)
     prepack.forget(model.parameters())
     return model
 

@@ -3,18 +3,21 @@
 They read nothing but attributes that timm's modules have as well, so that the integrations can bind them to those.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .ops.encoder import run_encoder
+from .ops.encoder import TENSORS, run_encoder
+from .watch import Watch
 
 # where accelerate leaves the names of the ops that a module's fused forward calls
 MARK = "_fastvit_ops"
 # where quantize leaves, on a block, which of its linear layers are computed in int8
 INT8 = "_fastvit_int8"
+# where a forward leaves, on the owner of blocks, what it read there
+KNOWN = "_fastvit_known"
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 BLOCK_OPS = ("encoder", "layer_norm", "linear", "attention", "norm_mlp")
 
@@ -88,16 +91,75 @@ def attend(attn: Any, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool) ->
 
 def fused_blocks(blocks: Any, x: Tensor) -> Tensor:
     """A sequence of blocks (ours or timm's) in one op where a backend has one for them all, else block by block."""
-    y = _run_encoder(list(blocks), x)
+    y = _run_encoder(blocks, list(blocks), x)
     if y is None:
         for block in blocks:
             x = block(x)
     return x if y is None else y
 
 
-def _run_encoder(blocks: list[Any], x: Tensor) -> Tensor | None:
+class _Arguments(NamedTuple):
+    """What the encoder takes beside the tokens."""
+
+    parameters: list[Tensor | None]
+    eps: list[float]
+    num_heads: int
+    scale: float
+    activation: str
+    int8: list[bool]
+
+
+class _Known:
+    """What the blocks of one owner were when they were read last; copies and pickles of the owner have None instead."""
+
+    def __init__(self, owner: nn.Module, blocks: list[Any], read: _Arguments) -> None:
+        self._marks, self._rest = _marks(blocks), read[1:]
+        attributes = [(block.attn, name) for block in blocks for name in ("num_heads", "scale")]
+        attributes += [(norm, "eps") for block in blocks for norm in (block.norm1, block.norm2)]
+        attributes += [(block.mlp.act, "approximate") for block in blocks]
+        self._watch = Watch(owner, attributes)
+        places = {id(parameter): i for i, parameter in enumerate(self._watch.parameters() or ())}
+        places[id(None)] = -1
+        self._order = [places.get(id(parameter)) for parameter in read.parameters]
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+    def arguments(self, blocks: list[Any]) -> _Arguments | None:
+        """The same arguments with today's parameters, or None when the blocks must be read again."""
+        found = self._watch.parameters() if None not in self._order and _marks(blocks) == self._marks else None
+        if found is None or self._watch.hooked():
+            return None
+        found.append(None)
+        return _Arguments([found[i] for i in self._order], *self._rest)  # type: ignore[index]
+
+
+def _marks(blocks: list[Any]) -> list[tuple]:
+    return [(block.training, (own := block.__dict__).get(MARK), own.get(INT8)) for block in blocks]
+
+
+def _run_encoder(owner: nn.Module, blocks: list[Any], x: Tensor) -> Tensor | None:
     """All blocks by one kernel, or None where none serves, or what they compute is more than it does."""
-    if x.dim() != 3 or not blocks or not _plain(blocks[0]):
+    if x.dim() != 3 or not blocks:
+        return None
+    compiling = torch.compiler.is_compiling()
+    known = None if compiling else owner.__dict__.get(KNOWN)
+    arguments = known and known.arguments(blocks)
+    if arguments is None:
+        arguments = None if has_hooks(owner) else _read(blocks)
+        if arguments is None:
+            return None
+        if not (compiling or any(block.training for block in blocks)):
+            owner.__dict__[KNOWN] = _Known(owner, blocks, arguments)
+    for weight in arguments.parameters[2::TENSORS]:
+        if weight is None or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
+            return None
+    return run_encoder(x, *arguments)
+
+
+def _read(blocks: list[Any]) -> _Arguments | None:
+    """What blocks compute with, or None where the encoder's kernels cannot run them all at once."""
+    if not _plain(blocks[0]):
         return None
     first = blocks[0].attn
     heads, scale, activation = first.num_heads, first.scale, activation_of(blocks[0].mlp)
@@ -111,8 +173,6 @@ def _run_encoder(blocks: list[Any], x: Tensor) -> Tensor | None:
         qkv, proj, fc1, fc2 = linears(block)
         if (attn.num_heads, attn.scale, activation_of(mlp)) != (heads, scale, activation):
             return None
-        if qkv.weight.shape[1] != x.shape[-1] or qkv.weight.dtype != x.dtype:
-            return None
         gamma1, gamma2 = _gamma(block.ls1), _gamma(block.ls2)
         parameters += (norm1.weight, norm1.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma1)
         parameters += (norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma2)
@@ -120,7 +180,7 @@ def _run_encoder(blocks: list[Any], x: Tensor) -> Tensor | None:
         int8 += block.__dict__.get(INT8, ())
     if len(int8) not in (0, 4 * len(blocks)):  # blocks that are quantised beside blocks that are not
         return None
-    return run_encoder(x, parameters, eps, heads, scale, activation, int8)
+    return _Arguments(parameters, eps, heads, scale, activation, int8)
 
 
 def is_fused_block(module: Any) -> bool:
@@ -155,7 +215,7 @@ def _plain(block: Any) -> bool:
 
 def fused_block(block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """A block (ours or timm's) in a handful of ops, its children's parameters read and their forwards skipped."""
-    y = None if is_causal or attn_mask is not None else _run_encoder([block], x)
+    y = None if is_causal or attn_mask is not None else _run_encoder(block, [block], x)
     if y is not None:
         return y
     attn = block.attn

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import POOLINGS, PRESETS, Size, ViTConfig, override, preset
-from .fused import fused_blocks, has_hooks
+from .fused import fused_blocks
 from .initialize import initialize
 from .layers import Block, LayerNorm, PatchDropout, PatchEmbed, pool
 from .resample import resample_positions
@@ -122,7 +122,7 @@ class VisionTransformer(nn.Module):
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens (B, prefix + N, D) after the last block and ``norm``."""
         x = self._embed(x)
-        if attn_mask is None and not is_causal and not self.grad_checkpointing and not has_hooks(self.blocks):
+        if attn_mask is None and not is_causal and not self.grad_checkpointing:
             return self.norm(fused_blocks(self.blocks, x))
         for block in self.blocks:
             x = self._block(block, x, attn_mask, is_causal)

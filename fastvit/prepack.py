@@ -5,6 +5,7 @@ memory (``.to()``), or other numbers where a few are looked at (a change through
 it was). Equal weights, such as those of a deep copy, share one. A copy dies with its parameter.
 """
 
+import operator
 import os
 import threading
 from collections.abc import Iterable, Sequence
@@ -129,12 +130,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+_VERSION = operator.attrgetter("_version")
 
 
-def _isa() -> str:
-    return torch.ops.fastvit_native.cpu_isa("current")
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    try:
+        return [*map(_VERSION, tensors)]
+    except RuntimeError:  # a tensor made in inference mode has none
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _stored(tensor: Any) -> Tensor:
@@ -142,8 +145,8 @@ def _stored(tensor: Any) -> Tensor:
 
 
 def state(tensors: Sequence[Tensor]) -> tuple:
-    """What changes, most likely, whenever one of these CPU tensors does."""
-    return tuple(map(_version, tensors)), torch.ops.fastvit_native.fingerprint([*map(_stored, tensors)], True)
+    """What changes, most likely, whenever one of these CPU tensors does, and with the instruction set in force."""
+    return _versions(tensors), torch.ops.fastvit_native.fingerprint([*map(_stored, tensors)], True)
 
 
 # as csrc/cpu/packed.h numbers them
@@ -161,7 +164,7 @@ def weight(tensor: Tensor, compute: str) -> Tensor:
         return tensor
     return _copy(
         tensor,
-        f"{compute}, {_isa()}",
+        compute,
         lambda: torch.ops.fastvit_native.pack_weight(tensor.detach().flatten(1).contiguous(), compute),
     )
 
@@ -177,7 +180,9 @@ def weight_if_kept(tensor: Tensor) -> Tensor | None:
     if entry is None or entry.state != now:
         _packed[tensor] = _Packed(ref(tensor), now, {})
         return None
-    return weight(tensor, compute_of(tensor.dtype))
+    compute = compute_of(tensor.dtype)
+    packed = entry.copies.get(compute)
+    return weight(tensor, compute) if packed is None else packed
 
 
 def vector(tensor: Tensor | None) -> Tensor:
@@ -239,7 +244,7 @@ def encoder(parameters: Sequence[Tensor | None], compute: str, int8: Sequence[bo
     first: Any = parameters[_LINEAR[0]]
     if first.dtype == torch.uint8:  # it would be in a list that lives as long as itself
         return _pack_all(parameters, compute, int8)
-    key = ([*map(id, parameters)], state(tensors), compute, tuple(int8), _isa())
+    key = ([*map(id, parameters)], state(tensors), compute, [*int8])
     known = _encoders.get(first)
     if known is None or known[0] != key:
         with _lock:
