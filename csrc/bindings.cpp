@@ -38,7 +38,8 @@ STABLE_TORCH_LIBRARY(fastvit_native, m) {
   // A number that changes, most likely, when the tensors' numbers do: it reads a few of each. With addresses, also when
   // they move.
   m.def("fingerprint(Tensor[] tensors, bool addresses) -> int");
-  m.def("matmul(Tensor a, Tensor b, Tensor? preact=None, str activation=\"none\") -> (Tensor, Tensor)");
+  m.def(
+      "matmul(Tensor a, Tensor b, Tensor? preact=None, str activation=\"none\", bool wide=False) -> (Tensor, Tensor)");
   m.def("column_sum(Tensor x) -> Tensor");
   m.def("encoder(Tensor x, Tensor[] parameters, float[] eps, int heads, float scale, str activation) -> Tensor");
   // Chooses the CPU kernels' instruction set ("" = the best, "current" = ask only) and answers its name.

@@ -241,7 +241,7 @@ def _branch_gradients(
     The result itself is not kept: with G = dᵀ rows, dγ = Σ_k W G + b Σ d and dW = γ G.
     """
     scaled = layer_scale is not None and wanted[2]
-    G = matmul(d.t(), rows).float() if wanted[0] or scaled else None
+    G = torch.ops.fastvit_native.matmul(d.t(), rows, wide=True)[0] if wanted[0] or scaled else None
     total = torch.ops.fastvit_native.column_sum(d) if wanted[1] or scaled else None
     if layer_scale is None:
         return G, total, None

@@ -159,6 +159,17 @@ def test_a_model_trains_by_it(autocast):
 
 
 @needs_kernel
+def test_weight_gradients_under_autocast_are_not_rounded_to_bfloat16():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x, dy = torch.randn(2, 2, 29, 48).unbind(0)
+        found = run(lambda x, b: ops.encoder(x, b, 3), x, [learning(48, 80)], dy)
+    weights = {name: t for name, t in found.items() if name.split(" ")[0].endswith(("qkv_weight", "fc1_weight"))}
+    assert len(weights) == 2
+    for name, gradient in weights.items():
+        assert (gradient != gradient.bfloat16().float()).float().mean() > 0.9, name
+
+
+@needs_kernel
 def test_it_compiles_in_one_graph_and_has_no_second_derivative():
     blocks, x = [learning(48, 80)], torch.randn(2, 9, 48, requires_grad=True)
     compiled = torch.compile(lambda x: ops.encoder(x, blocks, 3), fullgraph=True, backend="aot_eager")

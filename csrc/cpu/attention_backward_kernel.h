@@ -90,6 +90,7 @@ void query_gradients(const AttentionBackwardArgs<T>& g, BackwardBuffers<T>& b, i
   const int64_t mask_offset = batch * f.mask_strides[0] + head * f.mask_strides[1];
   const int64_t mask_bytes = f.mask_kind == MaskKind::boolean ? 1 : f.mask_kind == MaskKind::additive ? sizeof(T) : 4;
   const char* mask = static_cast<const char*>(f.mask) + (f.mask ? mask_offset * mask_bytes : 0);
+  const bool special = f.mask_kind != MaskKind::none || f.causal;
   for (int64_t i = 0; i < count; i++) {
     const A lse = g.lse[(batch * f.heads + head) * f.queries + query + i];
     const A shift = lse == -A(INFINITY) ? A(INFINITY) : lse;
@@ -97,26 +98,30 @@ void query_gradients(const AttentionBackwardArgs<T>& g, BackwardBuffers<T>& b, i
     for (int64_t e = 0; e < f.head_dim; e += lanes)
       product += load(g.dout + at + i * row + e, f.head_dim - e) * load(g.out + at + i * row + e, f.head_dim - e);
     const A delta = sum_of<A>(product);
-    A* const line = b.lines + i * lanes;
-    for (int64_t key = 0; key < b.key_stride; key += kLine<C>) {
-      Vec<A> probability[per_unit], dscore[per_unit];
+    const A *scores = b.scores + i * b.key_stride, *dscores = b.dscores + i * b.key_stride;
+    A* line = b.lines + i * lanes;
+    C *p = b.p + (query + i) * b.key_stride, *ds = b.ds + (query + i) * b.key_stride;
+    const auto put = [&](int64_t key, auto whole) __attribute__((always_inline)) {
+      Vec<A> probability[per_unit] = {}, dscore[per_unit] = {};
       for (int j = 0; j < per_unit; j++) {
-        const int64_t first = key + j * lanes;
-        probability[j] = dscore[j] = Vec<A>{};
-        if (first < visible) {
-          Vec<A> s = masked(f, mask, query + i, first, visible - first, load(b.scores + i * b.key_stride + first));
-          probability[j] = exp(s - shift);
-          dscore[j] = probability[j] * (load(b.dscores + i * b.key_stride + first) - delta) * A(f.scale);
-          if (visible - first < lanes) {
-            probability[j] = fill_beyond<A>(probability[j], visible - first, 0);
-            dscore[j] = fill_beyond<A>(dscore[j], visible - first, 0);
-          }
-        }
-        store(b.p + (query + i) * b.key_stride + first, probability[j]);
-        store(b.ds + (query + i) * b.key_stride + first, dscore[j]);
+        const int64_t first = key + j * lanes, left = whole ? lanes : visible - first;
+        if (left <= 0) break;
+        const Vec<A> score = load(scores + first);
+        probability[j] = special ? Rounded<C>::exp_of(masked(f, mask, query + i, first, left, score), A(1), shift)
+                                 : Rounded<C>::exp_of(score, A(f.scale), shift);
+        dscore[j] = probability[j] * (load(dscores + first) - delta) * A(f.scale);
+        if (whole) continue;
+        probability[j] = fill_beyond<A>(probability[j], left, 0);
+        dscore[j] = fill_beyond<A>(dscore[j], left, 0);
       }
-      if (key < visible) store(line + key / kLine<C> * count * lanes, Units<C>::from(dscore));
-    }
+      const auto rounded = Units<C>::from(dscore);
+      store(reinterpret_cast<A*>(p + key), Units<C>::from(probability));
+      store(reinterpret_cast<A*>(ds + key), rounded);
+      if (key < visible) store(line + key / kLine<C> * count * lanes, rounded);
+    };
+    int64_t key = 0;
+    for (; key + kLine<C> <= visible; key += kLine<C>) put(key, std::true_type{});
+    for (; key < b.key_stride; key += kLine<C>) put(key, std::false_type{});
   }
   T* dq = g.dq + batch * g.dq_strides[0] + head * g.dq_strides[1] + query * g.dq_strides[2];
   times_columns(b, b.lines, count, visible, b.k_columns, f.head_dim, dq, g.dq_strides[2]);
@@ -144,8 +149,8 @@ void head_gradients(const AttentionBackwardArgs<T>& g, BackwardBuffers<T>& b, in
     const int64_t key = keys.begin(t), count = keys.height(t);
     T* dk = g.dk + batch * g.dk_strides[0] + head * g.dk_strides[1] + key * g.dk_strides[2];
     T* dv = g.dv + batch * g.dv_strides[0] + head * g.dv_strides[1] + key * g.dv_strides[2];
-    pack_columns_as_lines<C>(b.ds + key, b.key_stride, count, f.queries, b.lines);
-    pack_columns_as_lines<C>(b.p + key, b.key_stride, count, f.queries, b.lines2);
+    pack_columns_as_lines<C>(b.ds + key, b.key_stride, count, f.queries, b.lines, b.key_stride - key);
+    pack_columns_as_lines<C>(b.p + key, b.key_stride, count, f.queries, b.lines2, b.key_stride - key);
     times_columns(b, b.lines, count, f.queries, b.q_columns, f.head_dim, dk, g.dk_strides[2]);
     times_columns(b, b.lines2, count, f.queries, b.dout_columns, f.head_dim, dv, g.dv_strides[2]);
   }

@@ -125,10 +125,6 @@ class Encoder {
 
   static int64_t aligned(int64_t bytes) { return (bytes + 127) / 64 * 64; }
   static bool is_int8(const LinearArgs& linear) { return linear.weight.compute == Compute::int8; }
-  // A vector of n numbers from `first` on.
-  static Vec<float> load_at(const float* p, int64_t first, int64_t n) {
-    return first < n ? load(p + first, n - first) : Vec<float>{};
-  }
   template <class From, class To>
   static void copy(const From* from, To* to, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += kLanes<float>) store(to + i, load(from + i, end - i), end - i);
@@ -176,28 +172,6 @@ class Encoder {
     });
   }
 
-  // kPanel columns of a result from `first` on, or, where that is its end, fewer.
-  template <bool Full>
-  struct Columns {
-    int64_t first, n;
-    FASTVIT_INLINE int64_t left(int j) const { return Full ? kLanesA : n - first - j * kLanesA; }
-    // Writes a row's vectors.
-    template <class To>
-    FASTVIT_INLINE void put(To* out, const Vec<float>* v) const {
-      if constexpr (Full && std::is_same_v<compute_t<To>, bfloat16>)
-        store(reinterpret_cast<A*>(out), Units<To>::from(v));
-      else
-        for (int j = 0; j < kPanelVectors && left(j) > 0; j++) store(out + j * kLanesA, v[j], left(j));
-    }
-  };
-  template <class F>
-  FASTVIT_INLINE static void with_columns(int64_t first, int64_t n, const F& f) {
-    if (first + kPanelVectors * kLanesA <= n)
-      f(Columns<true>{first, n});
-    else
-      f(Columns<false>{first, n});
-  }
-
   // f(group, tiles, tile, columns, numbers) for every tile of a wave and every panel of a weight; numbers(i, v) sets
   // the vectors of row i of the tile, bias included.
   template <class F>
@@ -211,8 +185,8 @@ class Encoder {
                            const RowRange* range = (by_wave ? hidden_ranges_ : ranges_) + first;
                            Vec<float> step[kPanelVectors], sum[kPanelVectors];
                            for (int j = 0; j < kPanelVectors; j++) {
-                             step[j] = load_at(w.step, columns.first + j * kLanesA, w.n);
-                             sum[j] = load_at(w.sum, columns.first + j * kLanesA, w.n);
+                             step[j] = columns.of(w.step, j);
+                             sum[j] = columns.of(w.sum, j);
                            }
                            f(group, tiles, t, columns, [=](int64_t i, Vec<float>* v) {
                              for (int j = 0; j < kPanelVectors; j++) {
@@ -248,13 +222,13 @@ class Encoder {
       const unit_t<L>* mine = lines + (by_wave ? wave_row(group, wave) : begin_of(group)) * row_units<L>(w.k);
       const Lines<L> x{mine, tiles, w.k, tiles.count * part / parts, tiles.count * (part + 1) / parts};
       Vec<float> bias[kPanelVectors] = {};
-      for (int j = 0; j < kPanelVectors && linear.bias; j++)
-        bias[j] = load_at(linear.bias, p * kPanel<L> + j * kLanesA, w.n);
+      const Columns<false, A> columns{p * kPanel<L>, w.n};
+      for (int j = 0; j < kPanelVectors && linear.bias; j++) bias[j] = columns.of(linear.bias, j);
       multiply_panel(
           x, static_cast<const unit_t<L>*>(w.panels) + p * size, p * kPanel<L>, w.n,
           reinterpret_cast<unit_t<L>*>(sums_), [](int64_t, int64_t) {},
           [&](int64_t t, int64_t column, const unit_t<L>* values) {
-            with_columns(column, w.n, [&](const auto& columns) { f(group, tiles, t, columns, values, bias); });
+            with_columns<A>(column, w.n, [&](const auto& columns) { f(group, tiles, t, columns, values, bias); });
           });
     });
   }
@@ -263,7 +237,7 @@ class Encoder {
     const int64_t n = linear.weight.n;
     multiply(worker, wave, linear, false,
              [&](int64_t group, const Tiles& tiles, int64_t t, const auto& columns, const auto& numbers) {
-               P* out = qkv_ + (begin_of(group) + tiles.begin(t)) * n + columns.first;
+               P* out = qkv_ + (begin_of(group) + tiles.begin(t)) * n;
                for (int64_t i = 0; i < tiles.height(t); i++, out += n) {
                  Vec<float> v[kPanelVectors];
                  numbers(i, v);
@@ -324,7 +298,7 @@ class Encoder {
                };
                if (!to_int8)
                  return put_panel<C>(hidden_ + first * row_units<C>(n), tiles, t, columns.first, n, activated);
-               P* out = activated_ + (first + tiles.begin(t)) * n + columns.first;
+               P* out = activated_ + (first + tiles.begin(t)) * n;
                for (int64_t i = 0; i < tiles.height(t); i++, out += n) {
                  Vec<float> v[kPanelVectors];
                  activated(i, v);
@@ -337,16 +311,14 @@ class Encoder {
     const int64_t n = linear.weight.n;
     multiply(worker, wave, linear, by_wave,
              [&](int64_t group, const Tiles& tiles, int64_t t, const auto& columns, const auto& numbers) {
-               float* out = stream_ + (begin_of(group) + tiles.begin(t)) * n + columns.first;
+               float* out = stream_ + (begin_of(group) + tiles.begin(t)) * n;
                Vec<float> scale[kPanelVectors];
                for (int j = 0; j < kPanelVectors; j++)
-                 scale[j] = linear.layer_scale ? load_at(linear.layer_scale, columns.first + j * kLanesA, n)
-                                               : Vec<float>{} + 1.0f;
+                 scale[j] = linear.layer_scale ? columns.of(linear.layer_scale, j) : Vec<float>{} + 1.0f;
                for (int64_t i = 0; i < tiles.height(t); i++, out += n) {
                  Vec<float> v[kPanelVectors];
                  numbers(i, v);
-                 for (int j = 0; j < kPanelVectors && columns.left(j) > 0; j++)
-                   v[j] = fma(v[j], scale[j], load(out + j * kLanesA, columns.left(j)));
+                 for (int j = 0; j < kPanelVectors; j++) v[j] = fma(v[j], scale[j], columns.of(out, j));
                  columns.put(out, v);
                }
              });

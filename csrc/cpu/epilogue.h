@@ -1,17 +1,17 @@
 // What happens to the sums of a product before they are stored, and where its operands come from. Included inside the
 // namespace of an instruction set, after product.h.
 
-// The end of a product for kPanel columns from `first` on; Full: all of them exist.
+// The end of a product for some of its columns.
 template <bool Full, class T, class V, class Y>
 class Epilogue {
   using A = accumulator_t<T>;
   static constexpr int64_t kLanesA = kLanes<A>;
 
  public:
-  FASTVIT_INLINE Epilogue(const GemmArgs<T, V, Y>& g, int64_t first) : g_(g), first_(first) {
+  FASTVIT_INLINE Epilogue(const GemmArgs<T, V, Y>& g, const Columns<Full, A>& columns) : g_(g), columns_(columns) {
     for (int j = 0; j < kPanelVectors; j++) {
-      bias_[j] = g.bias && left(j) > 0 ? load(g.bias + column(j), left(j)) : Vec<A>{};
-      scale_[j] = g.layer_scale && left(j) > 0 ? load(g.layer_scale + column(j), left(j)) : Vec<A>{};
+      bias_[j] = g.bias ? columns.of(g.bias, j) : Vec<A>{};
+      scale_[j] = g.layer_scale ? columns.of(g.layer_scale, j) : Vec<A>{};
     }
   }
 
@@ -19,11 +19,11 @@ class Epilogue {
   FASTVIT_INLINE void preactivation(int64_t row, const A* sums, Vec<A>* v) const {
     for (int j = 0; j < kPanelVectors; j++) {
       v[j] = Vec<A>{};
-      if (left(j) <= 0) continue;
+      if (columns_.left(j) <= 0) continue;
       v[j] = load(sums + j * kLanesA);
       if (g_.bias) v[j] += bias_[j];
-      if (g_.preact) store(g_.preact + row * g_.preact_stride + column(j), v[j], left(j));
     }
+    if (g_.preact) columns_.put(g_.preact + row * g_.preact_stride, v);
   }
 
   // y of a row.
@@ -33,41 +33,41 @@ class Epilogue {
     const bool repeats = g_.residual_period != INT64_MAX, gaps = g_.group != INT64_MAX;  // divisions are slow
     const Y* residual = g_.residual + (repeats ? row % g_.residual_period : row) * g_.residual_stride;
     Y* y = g_.y + (gaps ? row + (row / g_.group + 1) * g_.gap : row) * g_.y_stride;
-    for (int j = 0; j < kPanelVectors && left(j) > 0; j++) {
-      if (g_.slope_at) {
+    if (g_.slope_at) {
+      Vec<A> activated[kPanelVectors];
+      for (int j = 0; j < kPanelVectors; j++) {
         Vec<A> slope;
-        const Vec<A> at = load(g_.slope_at + row * g_.slope_at_stride + column(j), left(j));
-        store(g_.activated + row * g_.n + column(j), activate_with_slope<A>(at, g_.activation, slope), left(j));
+        const Vec<A> at = columns_.of(g_.slope_at + row * g_.slope_at_stride, j);
+        activated[j] = activate_with_slope<A>(at, g_.activation, slope);
         v[j] *= slope;
-      } else {
-        v[j] = activate<A>(v[j], g_.activation);
       }
+      columns_.put(g_.activated + row * g_.n, activated);
+    } else {
+      for (int j = 0; j < kPanelVectors; j++) v[j] = activate<A>(v[j], g_.activation);
+    }
+    for (int j = 0; j < kPanelVectors; j++) {
       if (g_.layer_scale && g_.residual)
-        v[j] = fma(v[j], scale_[j], load(residual + column(j), left(j)));
+        v[j] = fma(v[j], scale_[j], columns_.of(residual, j));
       else if (g_.layer_scale)
         v[j] *= scale_[j];
       else if (g_.residual)
-        v[j] += load(residual + column(j), left(j));
-      store(y + column(j), v[j], left(j));
+        v[j] += columns_.of(residual, j);
     }
+    columns_.put(y, v);
   }
 
  private:
-  FASTVIT_INLINE int64_t column(int j) const { return first_ + j * kLanesA; }
-  FASTVIT_INLINE int64_t left(int j) const { return Full ? kLanesA : g_.n - column(j); }
-
   const GemmArgs<T, V, Y>& g_;
-  int64_t first_;
+  const Columns<Full, A> columns_;
   Vec<A> bias_[kPanelVectors], scale_[kPanelVectors];
 };
 
 // f(epilogue) for the columns from `first` on.
 template <class T, class V, class Y, class F>
 FASTVIT_INLINE void with_epilogue(const GemmArgs<T, V, Y>& g, int64_t first, const F& f) {
-  if (first + kPanel<compute_t<T>> <= g.n)
-    f(Epilogue<true, T, V, Y>(g, first));
-  else
-    f(Epilogue<false, T, V, Y>(g, first));
+  with_columns<accumulator_t<T>>(first, g.n, [&]<bool Full>(const Columns<Full, accumulator_t<T>>& columns) {
+    f(Epilogue<Full, T, V, Y>(g, columns));
+  });
 }
 
 // y of the rows [row, row + count).

@@ -16,5 +16,6 @@ template void gemm(const GemmArgs<bfloat16>&);
 template void gemm(const GemmArgs<float16>&);
 template void gemm(const GemmArgs<bfloat16, float, bfloat16>&);
 template void gemm(const GemmArgs<bfloat16, float, float>&);
+template void gemm(const GemmArgs<bfloat16, bfloat16, float>&);
 
 }  // namespace fastvit

@@ -22,7 +22,7 @@ void gemm(const GemmArgs<T, V, Y>& g) {
       worker.each(tiles.count, [&](int64_t t) {
         const int64_t at = first + tiles.begin(t);
         if (g.x_by_columns)
-          pack_columns_as_lines<C>(g.x + at, g.x_stride, tiles.height(t), g.k, lines + tiles.begin(t) * row);
+          pack_columns_as_lines<C>(g.x + at, g.x_stride, tiles.height(t), g.k, lines + tiles.begin(t) * row, g.m - at);
         else
           pack_lines<C>(g.x + at * g.x_stride, g.x_stride, tiles.height(t), g.k, lines + tiles.begin(t) * row);
       });

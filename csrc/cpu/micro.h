@@ -203,9 +203,10 @@ FASTVIT_INLINE void pack_lines(const T* src, int64_t stride, int64_t rows, int64
     for (int64_t i = 0; i < rows; i++, dst += lanes) store(dst, Units<C>::from(src + i * stride + begin, k - begin));
 }
 
-// The same from columns, element (row, k) at src[k * stride + row].
+// The same from columns, element (row, k) at src[k * stride + row]; `readable` of them may be read, which is faster
+// where there are whole vectors.
 template <class C, class T>
-void pack_columns_as_lines(const T* src, int64_t stride, int64_t rows, int64_t k, unit_t<C>* dst) {
+void pack_columns_as_lines(const T* src, int64_t stride, int64_t rows, int64_t k, unit_t<C>* dst, int64_t readable) {
   using A = unit_t<C>;
   constexpr int lanes = kLanes<A>, per_unit = Units<C>::kPerUnit;
   for (int64_t begin = 0; begin < k; begin += kLine<C>)
@@ -214,7 +215,8 @@ void pack_columns_as_lines(const T* src, int64_t stride, int64_t rows, int64_t k
       Vec<A> r[lanes];
 #pragma GCC unroll 16
       for (int i = 0; i < lanes; i++)
-        r[i] = Units<C>::beside(src + (begin + i * per_unit) * stride + first, stride, count, k - begin - i * per_unit);
+        r[i] = Units<C>::beside(src + (begin + i * per_unit) * stride + first, stride, readable - first,
+                                k - begin - i * per_unit);
       transpose<A>(r);
       for (int64_t i = 0; i < count; i++, dst += lanes) store(dst, r[i]);
     }

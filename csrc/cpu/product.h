@@ -60,6 +60,35 @@ FASTVIT_INLINE void multiply_panel(const Lines<C>& x, const unit_t<C>* panel, in
   } while (begin < units);
 }
 
+// kPanel columns of a result from `first` on; Full: all of them exist. A is what sums are kept in.
+template <bool Full, class A>
+struct Columns {
+  int64_t first, n;
+  FASTVIT_INLINE int64_t at(int j) const { return first + j * kLanes<A>; }
+  FASTVIT_INLINE int64_t left(int j) const { return Full ? kLanes<A> : n - at(j); }
+  // Vector j of a row, zero beyond its end.
+  template <class T>
+  FASTVIT_INLINE Vec<A> of(const T* row, int j) const {
+    return left(j) > 0 ? load(row + at(j), left(j)) : Vec<A>{};
+  }
+  // Writes the vectors of a row.
+  template <class T>
+  FASTVIT_INLINE void put(T* row, const Vec<A>* v) const {
+    if constexpr (Full && std::is_same_v<compute_t<T>, bfloat16>)
+      store(reinterpret_cast<A*>(row + first), Units<T>::from(v));
+    else
+      for (int j = 0; j < kPanelVectors && left(j) > 0; j++) store(row + at(j), v[j], left(j));
+  }
+};
+
+template <class A, class F>
+FASTVIT_INLINE void with_columns(int64_t first, int64_t n, const F& f) {
+  if (first + kPanelVectors * kLanes<A> <= n)
+    f(Columns<true, A>{first, n});
+  else
+    f(Columns<false, A>{first, n});
+}
+
 // Rows cut into groups. Enough rows: every thread has groups of its own, few of them big enough to make the weights'
 // way worth while. Few rows: all threads share each group.
 template <class C>
