@@ -198,6 +198,11 @@ CHANGES = {
         delattr(m.blocks[1], "norm2"),
         setattr(m.blocks[1], "norm2", nn.LayerNorm(48, eps=0.5)),
     ),
+    "weight taken out and another put in": lambda m: (
+        weight := m.blocks[0].mlp.fc1.weight,
+        delattr(m.blocks[0].mlp.fc1, "weight"),
+        setattr(m.blocks[0].mlp.fc1, "weight", nn.Parameter(weight * 1.1)),
+    ),
     "no bias": lambda m: setattr(m.blocks[2].mlp.fc2, "bias", None),
 }
 
@@ -213,6 +218,14 @@ def test_changed_parameters_are_packed_again(model, change):
         after = model(x)
         assert not torch.allclose(after, before, atol=1e-4)
         torch.testing.assert_close(after, logits_of_eager(model, x), atol=1e-4, rtol=1e-4)
+
+
+def test_dropouts_drop_when_training_begins():
+    model, x = fastvit.accelerate(small_timm(proj_drop_rate=0.5)), images()
+    with torch.no_grad():
+        assert torch.equal(model(x), model(x))
+        model.train()
+        assert not torch.allclose(model(x), model(x), atol=1e-4)
 
 
 @torch.inference_mode()
