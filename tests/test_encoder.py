@@ -228,6 +228,21 @@ def test_dropouts_drop_when_training_begins():
         assert not torch.allclose(model(x), model(x), atol=1e-4)
 
 
+@needs_kernel
+def test_quantised_and_restored_between_calls(model):
+    x = images()
+    with torch.no_grad():
+        before = model(x)
+        fastvit.quantize(model)
+        quantised = model(x)
+        assert not torch.allclose(quantised, before, atol=1e-4)
+        marks = [block.__dict__.pop("_fastvit_int8") for block in model.blocks]
+        torch.testing.assert_close(model(x), before)
+        for block, mark in zip(model.blocks, marks, strict=True):
+            block.__dict__["_fastvit_int8"] = mark
+        assert torch.equal(model(x), quantised)
+
+
 @torch.inference_mode()
 def test_parameters_made_in_inference_mode():
     model = fastvit.accelerate(small_timm())
