@@ -36,13 +36,13 @@ STABLE_TORCH_LIBRARY(fastvit_native, m) {
   // The weight again, to the bit, in what it was packed for; int8 does not hold it.
   m.def("unpack_weight(Tensor packed) -> Tensor");
   // A number that changes, most likely, when the tensors' numbers do: it reads a few of each. With addresses, also when
-  // they move.
+  // they move or the kernels' instruction set is another.
   m.def("fingerprint(Tensor[] tensors, bool addresses) -> int");
   m.def(
       "matmul(Tensor a, Tensor b, Tensor? preact=None, str activation=\"none\", bool wide=False) -> (Tensor, Tensor)");
   m.def("column_sum(Tensor x) -> Tensor");
   m.def("encoder(Tensor x, Tensor[] parameters, float[] eps, int heads, float scale, str activation) -> Tensor");
-  // Chooses the CPU kernels' instruction set ("" = the best, "current" = ask only) and answers its name.
+  // Chooses the CPU kernels' instruction set ("" = the best) and answers its name.
   m.def("cpu_isa(str name) -> str");
   // GFLOP/s of multiply-adds on registers alone, on all threads, for some milliseconds.
   m.def("cpu_peak(str compute) -> float");

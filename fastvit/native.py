@@ -121,8 +121,7 @@ class Launcher:
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a b of two matrices, by the faster of our product and PyTorch's."""
-    # oneDNN's bfloat16 products are as fast as ours, and faster where a must be transposed; MKL's float32 ones reach
-    # half of the peak on AMD processors.
+    # oneDNN's bfloat16 products are as fast as ours; MKL's float32 ones reach half of the peak on AMD processors.
     if a.dtype == torch.bfloat16:
         return torch.matmul(a, b)
     return torch.ops.fastvit_native.matmul(*(t if 1 in t.stride() else t.contiguous() for t in (a, b)))[0]

@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -37,13 +38,13 @@ int64_t fingerprint(std::vector<Tensor> tensors, bool addresses) {
     const int64_t size = t.element_size(), count = t.numel();
     if (count == 0) continue;
     const bool contiguous = t.is_contiguous();
-    // Of a contiguous tensor eight bytes at a time.
-    const int64_t word = !contiguous || size > 8 ? size : count * size < 8 ? count * size : 8;
+    // Of a contiguous tensor eight bytes at a time, of another one an element.
+    const int64_t word = std::min<int64_t>(8, contiguous ? count * size : size);
     const int64_t last = contiguous ? (count * size - word) / size : count - 1;
     for (int64_t i = 0; i < kSamples; i++) {
       const int64_t index = last * i / (kSamples - 1);
       uint64_t value = 0;
-      std::memcpy(&value, data + (contiguous ? index : offset_of(t, index)) * size, word < 8 ? word : 8);
+      std::memcpy(&value, data + (contiguous ? index : offset_of(t, index)) * size, word);
       hash = mixed(hash, value);
     }
   }

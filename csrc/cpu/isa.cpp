@@ -31,7 +31,7 @@ std::atomic<Isa>& active() {
 }
 
 std::string cpu_isa(std::string name) {
-  if (name != "current") force_isa(name);
+  force_isa(name);
   return name_of(active_isa());
 }
 

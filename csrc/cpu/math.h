@@ -147,7 +147,9 @@ FASTVIT_INLINE Vec<A> activate_with_slope(Vec<A> x, Activation activation, Vec<A
 template <class C>
 struct Rounded {
   // exp(scale * x - shift)
-  FASTVIT_INLINE static Vec<C> exp_of(Vec<C> x, C scale, C shift) { return exp(x * scale - shift); }
+  FASTVIT_INLINE static Vec<C> exp_of(Vec<C> x, C scale, C shift) {
+    return exp(fma(x, Vec<C>{} + scale, Vec<C>{} - shift));
+  }
   FASTVIT_INLINE static Vec<C> activated(Vec<C> x, Activation activation) { return activate<C>(x, activation); }
 };
 

@@ -22,14 +22,16 @@ bool by_columns(const Tensor& t, const char* name, int64_t& stride) {
 }
 
 // a b, sums in float32 (float64 for float64), rounded once; b may be a float32 parameter of bfloat16 rows a. With
-// preact it is the product of a backward pass: activation'(preact) * (a b), and activation(preact). wide: the result is
-// float32, of bfloat16 matrices too.
+// preact it is the product of a backward pass: activation'(preact) * (a b), and activation(preact). wide: the result of
+// bfloat16 matrices is float32, as it is of float32 ones.
 std::tuple<Tensor, Tensor> matmul(const Tensor& a, const Tensor& b, const OptionalTensor& preact,
                                   const std::string& activation, bool wide) {
   int64_t a_stride, b_stride;
   const bool a_columns = by_columns(a, "a", a_stride), b_columns = by_columns(b, "b", b_stride);
   FASTVIT_CHECK(a.size(1) == b.size(0), kOp, ": a's columns must be as many as b's rows");
   const int64_t m = a.size(0), n = b.size(1);
+  FASTVIT_CHECK(!wide || a.scalar_type() == ScalarType::BFloat16 || a.scalar_type() == ScalarType::Float, kOp,
+                ": a wide result is float32, of bfloat16 or float32 matrices");
   wide = wide && a.scalar_type() == ScalarType::BFloat16;
   FASTVIT_CHECK(!wide || (!preact && b.scalar_type() == a.scalar_type()), kOp,
                 ": a wide result is that of two bfloat16 matrices alone");
