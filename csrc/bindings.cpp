@@ -8,18 +8,18 @@
 STABLE_TORCH_LIBRARY(fastvit_native, m) {
   m.def(
       "layer_norm(Tensor x, Tensor? residual, Tensor? layer_scale, Tensor? weight, Tensor? bias, float eps, "
-      "bool to_bfloat16=False) "
+      "bool to_bfloat16=False, Tensor? sample_scale=None) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "layer_norm_backward(Tensor dy, Tensor? dz, Tensor z, Tensor mean, Tensor rstd, Tensor? weight, Tensor? x, "
-      "Tensor? layer_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? layer_scale, Tensor? sample_scale=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) "
-      "-> (Tensor, Tensor)");
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, Tensor? cu_seqlens=None, "
+      "int max_seqlen=0) -> (Tensor, Tensor)");
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor(a!) dq, Tensor(b!) "
       "dk, "
-      "Tensor(c!) dv, Tensor? mask, bool causal, float scale) -> ()");
+      "Tensor(c!) dv, Tensor? mask, bool causal, float scale, Tensor? cu_seqlens=None, int max_seqlen=0) -> ()");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale, Tensor? residual, str activation, "
       "bool keep_preact, Tensor? packed) -> (Tensor, Tensor)");

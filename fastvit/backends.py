@@ -24,13 +24,13 @@ BACKENDS = ("reference", "triton", "cuda", "cpu")
 OPS: dict[str, tuple[str, ...]] = {
     "patch_embed": ("triton", "cpu"),
     "layer_norm": ("triton", "cuda", "cpu"),
-    "attention": ("triton", "cpu"),
+    "attention": ("triton", "cuda", "cpu"),
     "linear": ("triton", "cpu"),
     "norm_mlp": ("triton", "cpu"),
     "encoder": ("cpu",),
 }
 
-_MODULES = {"triton": "fastvit.kernels.{op}", "cuda": "fastvit.native:cuda.{op}", "cpu": "fastvit.native:cpu.{op}"}
+_MODULES = {"triton": "fastvit.kernels.{op}", "cuda": "fastvit.native_cuda:cuda.{op}", "cpu": "fastvit.native:cpu.{op}"}
 _WHY_UNAVAILABLE = {"triton": "fastvit.kernels._device", "cuda": "fastvit.native", "cpu": "fastvit.native"}
 
 # What "auto" tries per device, in order, before the reference.

@@ -1,6 +1,6 @@
-"""The compiled extension ``fastvit._C``: loaded on first use, its launchers and their limits.
+"""The compiled extension ``fastvit._C``: loaded on first use, the CPU kernels' launchers and their limits.
 
-``cpu`` and ``cuda`` hold one launcher per op. A launcher's ``why_not`` and ``forward`` take the same arguments, in the
+``cpu`` holds one launcher per op (``native_cuda`` those of the CUDA kernels). A launcher's ``why_not`` and ``forward`` take the same arguments, in the
 order of the op's contract (see ``fastvit.ops``); ``why_not`` looks at metadata only.
 """
 
@@ -280,4 +280,3 @@ cpu = SimpleNamespace(
     attention=Attention("attention", "cpu"),
     encoder=Encoder("encoder", "cpu", Block("encoder", "cpu")),
 )
-cuda = SimpleNamespace(layer_norm=Launcher("layer_norm", "cuda"))

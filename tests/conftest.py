@@ -9,9 +9,12 @@ from grid import pytest_addoption, pytest_collection_modifyitems  # noqa: F401  
 
 INTERPRETED = interpreter.install()
 
-from fastvit.benchmarks.peers import repair_torchvision  # noqa: E402
+# The interpreter must be set up first.
+import emulated  # noqa: E402
+from harness import Place  # noqa: E402
 
-from fastvit import native  # noqa: E402  (the interpreter must be set up first)
+from fastvit import native  # noqa: E402
+from fastvit.benchmarks.peers import repair_torchvision  # noqa: E402
 
 TORCHVISION_FAILURE = repair_torchvision()
 REQUIRE_PARITY = os.environ.get("CI", "").lower() in ("1", "true")
@@ -39,6 +42,23 @@ def isa(request):
     torch.ops.fastvit_native.cpu_isa(request.param)
     yield request.param
     torch.ops.fastvit_native.cpu_isa("")
+
+
+@pytest.fixture(params=["emulated", "gpu"])
+def cuda_place(request, monkeypatch):
+    """The CUDA C++ kernels on CPU threads' fibers (see emulated.py), and on the GPU where there is one."""
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("GPU: this machine has none")
+        reason = native.why_unavailable("cuda")
+        if reason:
+            pytest.skip(reason)
+        return Place("cuda", "cuda")
+    reason = emulated.why_not()
+    if reason:
+        pytest.skip(reason)
+    emulated.use(monkeypatch)
+    return Place("cuda", "cpu")
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ namespace fastvit {
 namespace {
 
 std::tuple<Tensor, Tensor> attention_op(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
-                                        bool causal, double scale) {
+                                        bool causal, double scale, const OptionalTensor& cu_seqlens, int64_t) {
+  FASTVIT_CHECK(!cu_seqlens, kOp, ": the CPU kernels take no cu_seqlens");
   FASTVIT_CHECK(q.dim() == 4 && k.dim() == 4, kOp, ": q, k and v must have shape (B, H, N, E)");
   Tensor out = empty(q, {q.size(0), q.size(2), q.size(1), q.size(3)});
   Tensor lse = empty(q, {q.size(0), q.size(1), q.size(2)}, statistics_dtype(q));

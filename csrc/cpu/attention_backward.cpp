@@ -25,7 +25,9 @@ const T* contiguous(const Tensor& t, std::initializer_list<int64_t> shape, Scala
 // Writes dq, dk and dv.
 void attention_backward_op(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                            const Tensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv,
-                           const OptionalTensor& mask, bool causal, double scale) {
+                           const OptionalTensor& mask, bool causal, double scale, const OptionalTensor& cu_seqlens,
+                           int64_t) {
+  FASTVIT_CHECK(!cu_seqlens, kOp, ": the CPU kernels take no cu_seqlens");
   FASTVIT_CHECK(q.dim() == 4 && k.dim() == 4, kOp, ": q, k and v must have shape (B, H, N, E)");
   dispatch(q, kOp, [&](auto tag) {
     using T = decltype(tag);

@@ -27,7 +27,9 @@ constexpr const char* kOp = "layer_norm";
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const OptionalTensor& residual,
                                                       const OptionalTensor& layer_scale, const OptionalTensor& weight,
-                                                      const OptionalTensor& bias, double eps, bool to_bfloat16) {
+                                                      const OptionalTensor& bias, double eps, bool to_bfloat16,
+                                                      const OptionalTensor& sample_scale) {
+  FASTVIT_CHECK(!sample_scale, kOp, ": the CPU kernels take no sample_scale");
   FASTVIT_CHECK(x.dim() == 2, kOp, ": x must have shape (M, D)");
   FASTVIT_CHECK(residual || !layer_scale, kOp, ": layer_scale needs a residual");
   const int64_t m = x.size(0), width = x.size(1);

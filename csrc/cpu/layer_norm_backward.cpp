@@ -46,7 +46,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Ten
                                                                        const Tensor& z, const Tensor& mean,
                                                                        const Tensor& rstd, const OptionalTensor& weight,
                                                                        const OptionalTensor& x,
-                                                                       const OptionalTensor& layer_scale) {
+                                                                       const OptionalTensor& layer_scale,
+                                                                       const OptionalTensor& sample_scale) {
+  FASTVIT_CHECK(!sample_scale, kOp, ": the CPU kernels take no sample_scale");
   FASTVIT_CHECK(z.dim() == 2, kOp, ": z must have shape (M, D)");
   FASTVIT_CHECK(!layer_scale || x, kOp, ": layer_scale needs x");
   const int64_t m = z.size(0), width = z.size(1);

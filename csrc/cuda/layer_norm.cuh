@@ -1,39 +1,9 @@
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "cuda/device.cuh"
 #include "cuda/layer_norm.h"
 
 namespace fastvit::cuda {
-
-__device__ inline float to_float(float v) { return v; }
-__device__ inline float to_float(__half v) { return __half2float(v); }
-__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ inline void from_float(float v, float& out) { out = v; }
-__device__ inline void from_float(float v, __half& out) { out = __float2half_rn(v); }
-__device__ inline void from_float(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
-
-// VEC elements that move in one instruction.
-template <class T, int VEC>
-struct alignas(sizeof(T) * VEC) Pack {
-  T lane[VEC];
-};
-
-template <int VEC, class T>
-__device__ void load(const T* p, float (&out)[VEC]) {
-  const auto pack = *reinterpret_cast<const Pack<T, VEC>*>(p);
-#pragma unroll
-  for (int i = 0; i < VEC; i++) out[i] = to_float(pack.lane[i]);
-}
-
-template <int VEC, class T>
-__device__ void store(T* p, const float (&v)[VEC]) {
-  Pack<T, VEC> pack;
-#pragma unroll
-  for (int i = 0; i < VEC; i++) from_float(v[i], pack.lane[i]);
-  *reinterpret_cast<Pack<T, VEC>*>(p) = pack;
-}
 
 // One row of z at a column: read, or made from x and the residual, rounded and written.
 template <int VEC, class T>
@@ -74,12 +44,6 @@ __device__ void normalise(const LayerNorm& g, int64_t row, int64_t column, float
     for (int i = 0; i < VEC; i++) v[i] += other[i];
   }
   store<VEC>(static_cast<T*>(g.y) + row * g.width + column, v);
-}
-
-__device__ inline float warp_sum(float v) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-  return v;
 }
 
 // The sum over the block, in every thread; shared holds a float per warp.
@@ -148,7 +112,7 @@ __global__ void __launch_bounds__(WARPS * 32) layer_norm_warp_kernel(LayerNorm g
 template <class T, int VEC, int WARPS>
 __global__ void __launch_bounds__(WARPS * 32) layer_norm_block_kernel(LayerNorm g) {
   constexpr int STEP = WARPS * 32 * VEC;
-  __shared__ float shared[WARPS];
+  auto* shared = reinterpret_cast<float*>(shared_memory());
   const float width = static_cast<float>(g.width);
   for (int64_t row = blockIdx.x; row < g.rows; row += gridDim.x) {
     const T* z =

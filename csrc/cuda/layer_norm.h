@@ -2,9 +2,9 @@
 
 #include <cstdint>
 
-namespace fastvit::cuda {
+#include "cuda/dtype.h"
 
-enum class Dtype { float32, float16, bfloat16 };
+namespace fastvit::cuda {
 
 // y = LN(z) with z = x, or z = residual + layer_scale * x rounded to the dtype and written to z. Strides are of rows,
 // in elements; y and z are contiguous.
@@ -23,6 +23,6 @@ struct LayerNorm {
 };
 
 // Launches on a cudaStream_t of the current device; answers null or CUDA's error message.
-const char* launch(const LayerNorm& args, Dtype dtype, void* stream);
+const char* launch_layer_norm(const LayerNorm& args, Dtype dtype, void* stream);
 
 }  // namespace fastvit::cuda

@@ -1,0 +1,32 @@
+#pragma once
+
+#include "cuda/attention_tile.cuh"
+#include "cuda/launch.cuh"
+
+namespace fastvit::cuda {
+
+inline AttentionPlan plan_on_device(const AttentionShape& shape) {
+  return plan_attention(shape, device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                        device_attribute(cudaDevAttrMultiProcessorCount));
+}
+
+template <class Kernel>
+const char* launch_plan(Kernel kernel, const AttentionPlan& plan, const Attention& g, void* stream) {
+  if (plan.blocks > kMaxBlocks) return "attention needs more blocks than a grid has";
+  return launch_kernel(kernel, plan.blocks, 32 * plan.warps, plan.shared, stream, g, plan);
+}
+
+template <class Launch, class T, int E = 32>
+const char* dispatch_head_dim(const Attention& g, void* stream) {
+  if (g.head_dim <= E) return Launch::template launch<T, E>(g, stream);
+  if constexpr (E < kMaxHeadDim) return dispatch_head_dim<Launch, T, E + 16>(g, stream);
+  return "attention has no kernel for heads as wide";
+}
+
+template <class Launch>
+const char* dispatch_heads(const Attention& g, Dtype dtype, void* stream) {
+  if (dtype == Dtype::float16) return dispatch_head_dim<Launch, __half>(g, stream);
+  return dispatch_head_dim<Launch, __nv_bfloat16>(g, stream);
+}
+
+}  // namespace fastvit::cuda

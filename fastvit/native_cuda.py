@@ -1,0 +1,115 @@
+"""The CUDA C++ kernels of ``fastvit._C``: their launchers and limits. Equal in signature to those of ``native``."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+from .tracing import constant
+
+MAX_HEAD_DIM = 128
+
+
+@constant
+def _why_not_device(index: int) -> str:
+    """Why the compiled kernels do not run on a device, in one sentence; empty if they do."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"cuda kernels need compute capability 8.0 or newer, {torch.cuda.get_device_name(index)} has {major}.{minor}"
+    built = native.build_info()["cuda_architectures"]
+    for code in built:
+        kind, _, number = code.partition("_")
+        known = int(number.rstrip("af"))
+        same = known // 10 == major and known % 10 <= minor and (kind == "compute" or not number.endswith("a"))
+        exact = known == 10 * major + minor
+        if exact or (same and kind == "sm") or (kind == "compute" and known <= 10 * major + minor):
+            return ""
+    return f"the extension was built for {', '.join(built)}, not for compute capability {major}.{minor}"
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """One op. ``why_not`` looks at metadata only and answers a sentence or None; ``forward`` runs the kernel.
+
+    ``library`` and ``device_type`` say where the compiled ops are: tests run them emulated, on CPU tensors.
+    """
+
+    op: str
+    dtypes: tuple[torch.dtype, ...]
+    library: str = "fastvit_native"
+    device_type: str = "cuda"
+
+    @property
+    def native(self) -> Any:
+        return getattr(torch.ops, self.library)
+
+    def _why_not(self, x: Tensor) -> str | None:
+        """What every op asks of the tensor that says where and in what dtype to compute."""
+        if x.device.type != self.device_type:
+            return f"cuda kernels run on {self.device_type} tensors, got {x.device.type}"
+        if x.dtype not in self.dtypes:
+            expected = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
+            return f"cuda {self.op} computes in {expected}, got {str(x.dtype).removeprefix('torch.')}"
+        if self.device_type != "cuda":
+            return None
+        return native.why_unavailable("cuda") or _why_not_device(x.device.index or 0) or None
+
+
+def _aligned(t: Tensor) -> bool:
+    """Whether heads begin at multiples of 16 bytes and lie there in one piece."""
+    unit = 16 // t.element_size()
+    return t.stride(-1) == 1 and all(n % unit == 0 for n in (t.storage_offset(), *t.stride()[:-1]))
+
+
+@dataclass(frozen=True)
+class Attention(Launcher):
+    def why_not(
+        self, q, k, v, mask, causal, scale, dropout, seed, qw, qb, kw, kb, q_eps, k_eps, cu_seqlens, max_seqlen
+    ) -> str | None:  # fmt: skip
+        if dropout:
+            return "cuda attention has no dropout"
+        if q_eps is not None or k_eps is not None:
+            return "cuda attention does not normalise queries and keys"
+        head_dim = q.shape[-1]
+        if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+            return f"cuda attention takes head dims that are multiples of 8 up to {MAX_HEAD_DIM}, got {head_dim}"
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            if t.dtype in self.dtypes and not _aligned(t):
+                return f"cuda attention reads 16 bytes at a time, and heads of {name} do not begin at multiples of 16 bytes"
+        return self._why_not(q)
+
+    def forward(self, q, k, v, mask, causal, scale, *options: Any) -> tuple[Tensor, Tensor]:
+        return self.native.attention(q, k, v, mask, causal, scale, *options[-2:])
+
+    def backward(self, dout, q, k, v, out, lse, dq, dk, dv, mask, causal, scale, *options: Any) -> tuple[None, ...]:
+        dout = dout if _aligned(dout) else dout.contiguous()
+        tensors = (dout, q, k, v, out, lse, dq, dk, dv)
+        self.native.attention_backward(*tensors, mask, causal, scale, *options[-2:])
+        return None, None, None, None
+
+
+@dataclass(frozen=True)
+class LayerNorm(Launcher):
+    def why_not(self, x, residual, layer_scale, weight, bias, eps, sample_scale) -> str | None:
+        if sample_scale is not None:
+            return "cuda layer_norm has no sample_scale"
+        return self._why_not(x)
+
+    def forward(self, x, residual, layer_scale, weight, bias, eps, sample_scale) -> tuple[Tensor, ...]:
+        return self.native.layer_norm(x, residual, layer_scale, weight, bias, eps)
+
+
+def launchers(library: str = "fastvit_native", device_type: str = "cuda") -> SimpleNamespace:
+    """One launcher per op."""
+    low, all_three = (torch.float16, torch.bfloat16), (torch.float32, torch.float16, torch.bfloat16)
+    where = {"library": library, "device_type": device_type}
+    return SimpleNamespace(
+        attention=Attention("attention", low, **where),
+        layer_norm=LayerNorm("layer_norm", all_three, **where),
+    )
+
+
+cuda = launchers()

@@ -1,0 +1,94 @@
+"""The CUDA kernels and their glue without a GPU: csrc/cuda compiled by the C++ compiler against tests/emulation.
+
+``use(monkeypatch)`` puts them in the place of the cuda backend, on CPU tensors.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from fastvit import backends, native, native_cuda
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATION = ROOT / "tests" / "emulation"
+CXX = shutil.which(os.environ.get("CXX", "c++"))
+LIBRARY = "fastvit_emulated"
+FLAGS = (*("-std=c++20", "-O2", "-fPIC", "-w", "-fno-math-errno", "-DTORCH_TARGET_VERSION=0x020a000000000000"),)
+
+
+def why_not() -> str | None:
+    """Why the kernels cannot be emulated here, or None."""
+    if CXX is None:
+        return "there is no C++ compiler"
+    return native.why_unavailable("cpu")  # it has the schemas
+
+
+def build(folder: Path, root: Path = ROOT) -> Path:
+    """The shared library made of root's sources, built once for what they say."""
+    sources = sorted([*(root / "csrc/cuda").glob("*.cpp"), *(root / "csrc/cuda").glob("*.cu")])
+    sources.append(root / "tests/emulation/emulation.cpp")
+    read = [
+        p for d in ("csrc/common", "csrc/cuda", "tests/emulation") for p in sorted((root / d).rglob("*")) if p.is_file()
+    ]
+    digest = hashlib.sha256(
+        b"".join(p.name.encode() + p.read_bytes() for p in read) + repr((FLAGS, torch.__version__)).encode()
+    )
+    library = folder / f"emulated-{digest.hexdigest()[:16]}.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.exists():
+            return library
+        for old in folder.glob("*.*o"):
+            old.unlink()
+        torch_root = Path(torch.__path__[0])
+        paths = [f"-I{p}" for p in (root / "tests/emulation", root / "csrc", torch_root / "include")]
+
+        def compile_one(source: Path) -> Path:
+            target = folder / f"{source.name}.o"
+            subprocess.run([str(CXX), *FLAGS, *paths, "-x", "c++", "-c", source, "-o", target], check=True)
+            return target
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            objects = list(pool.map(compile_one, sources))
+        parts = [*objects, f"-L{torch_root}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
+        subprocess.run([str(CXX), "-shared", "-o", library.with_suffix(".part"), *parts], check=True)
+        library.with_suffix(".part").rename(library)
+    return library
+
+
+@cache
+def launchers() -> SimpleNamespace:
+    """The cuda backend's launchers on CPU tensors."""
+    found = native_cuda.launchers(LIBRARY, "cpu")
+    torch.library.Library(LIBRARY, "DEF")
+    native._require()
+    definitions = torch.library.Library(LIBRARY, "FRAGMENT")
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("fastvit_native::"):
+            packet = getattr(torch.ops.fastvit_native, name.removeprefix("fastvit_native::"))
+            definitions.define(str(packet.default._schema).removeprefix("fastvit_native::"))
+    launchers.definitions = definitions  # the ops live as long as this object
+    ctypes.CDLL(str(build(ROOT / "build" / "emulation")))
+    return found
+
+
+def use(monkeypatch) -> None:
+    """Let ``backend("cuda")`` mean the emulated kernels."""
+    for op, launcher in vars(launchers()).items():
+        monkeypatch.setitem(backends._loaded, f"cuda.{op}", launcher)
+    monkeypatch.setattr(backends, "why_unavailable", lambda name: None)
+
+
+if __name__ == "__main__":
+    print(build(ROOT / "build" / "emulation"), file=sys.stderr)
