@@ -10,7 +10,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,19 +70,34 @@ def build(folder: Path, root: Path = ROOT) -> Path:
 
 
 @cache
-def launchers() -> SimpleNamespace:
-    """The cuda backend's launchers on CPU tensors."""
-    found = native_cuda.launchers(LIBRARY, "cpu")
-    torch.library.Library(LIBRARY, "DEF")
+def library() -> ctypes.CDLL:
+    """The loaded library; its ops are defined as those of the extension are."""
     native._require()
-    definitions = torch.library.Library(LIBRARY, "FRAGMENT")
+    definitions = torch.library.Library(LIBRARY, "DEF")
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("fastvit_native::"):
             packet = getattr(torch.ops.fastvit_native, name.removeprefix("fastvit_native::"))
             definitions.define(str(packet.default._schema).removeprefix("fastvit_native::"))
-    launchers.definitions = definitions  # the ops live as long as this object
-    ctypes.CDLL(str(build(ROOT / "build" / "emulation")))
-    return found
+    loaded = ctypes.CDLL(str(build(ROOT / "build" / "emulation")))
+    loaded.definitions = definitions  # the ops live as long as this object
+    return loaded
+
+
+@contextmanager
+def device(processors: int = 132, shared: int = 227 * 1024) -> Iterator[None]:
+    """An emulated device with so many multiprocessors, and so many bytes of shared memory for a block."""
+    library().emulated_device(processors, shared)
+    try:
+        yield
+    finally:
+        library().emulated_device(132, 227 * 1024)
+
+
+@cache
+def launchers() -> SimpleNamespace:
+    """The cuda backend's launchers on CPU tensors."""
+    library()
+    return native_cuda.launchers(LIBRARY, "cpu")
 
 
 def use(monkeypatch) -> None:

@@ -15,7 +15,8 @@ struct Forward {
     shape.own = g.longest;
     shape.other = g.cu_seqlens ? g.longest : g.keys;
     shape.row_bytes = Tile<E>::ROW_BYTES;
-    if (g.causal || g.mask_kind != MaskKind::none) {
+    // A scale that turns the order of scores round needs them one by one, too.
+    if (g.causal || g.mask_kind != MaskKind::none || !(g.scale > 0)) {
       shape.rows = shape.staged = 16;
       return launch_plan(attention_streaming_kernel<T, E, 1, true>, plan_on_device(shape), g, stream);
     }
@@ -31,7 +32,7 @@ struct Forward {
 }  // namespace
 
 const char* launch_attention(const Attention& args, Dtype dtype, void* stream) {
-  return dispatch_heads<Forward>(args, dtype, stream);
+  return args.longest ? dispatch_heads<Forward>(args, dtype, stream) : nullptr;
 }
 
 }  // namespace fastvit::cuda

@@ -202,13 +202,12 @@ constexpr int kOneCopyRegisters = E <= 64 ? 168 : 255;
 
 // All keys and values of a block's heads in shared memory. A warp takes 16 M queries at a time, the last ones by 16.
 template <class T, int E, int M>
-__global__ void __launch_bounds__(kThreadsOf<kOneCopyRegisters<E>>)
+__global__ void __launch_bounds__(kThreadsOf<kOneCopyRegisters<E>>, 1)
     attention_kernel(const __grid_constant__ Attention g, const __grid_constant__ AttentionPlan plan) {
   const int warp = threadIdx.x / 32;
   const Tile<E> pairs{reinterpret_cast<uint4*>(shared_memory())};
   const Tile<E> staging = pairs.from(plan.heads * 2 * plan.stage_rows + warp * 16 * M);
-  const int first_head = blockIdx.x / plan.row_blocks * plan.heads;
-  const int first_unit = blockIdx.x % plan.row_blocks * plan.units;
+  const int first_head = first_head_of_block(plan), first_unit = blockIdx.x * plan.units;
   const int heads = min(plan.heads, g.sequences * g.heads - first_head);
   for (int i = 0; i < heads; i++) {
     const Sequence sequence = sequence_of(g, first_head + i);
@@ -232,14 +231,16 @@ __global__ void __launch_bounds__(kThreadsOf<kOneCopyRegisters<E>>)
 
 // Keys and values come by in stages; a warp takes 16 M queries.
 template <class T, int E, int M, bool GENERAL>
-__global__ void __launch_bounds__(kThreadsOf<255>)
+__global__ void __launch_bounds__(kThreadsOf<255>, 1)
     attention_streaming_kernel(const __grid_constant__ Attention g, const __grid_constant__ AttentionPlan plan) {
   const int warp = threadIdx.x / 32;
   const Tile<E> pairs{reinterpret_cast<uint4*>(shared_memory())};
   const Tile<E> staging = pairs.from(4 * plan.stage_rows + warp * 16 * M);
-  const Sequence sequence = sequence_of(g, blockIdx.x / plan.row_blocks);
+  const int head = first_head_of_block(plan);
+  if (head >= g.sequences * g.heads) return;
+  const Sequence sequence = sequence_of(g, head);
   const Scores<T> scores(g, sequence);
-  const int first_row = (blockIdx.x % plan.row_blocks * plan.units + warp) * 16 * M;
+  const int first_row = (blockIdx.x * plan.units + warp) * 16 * M;
   const auto request = [&](int stage) {
     copy_pair<T>(pairs.from(stage % 2 * 2 * plan.stage_rows), g.k, g.v, sequence, stage * plan.stage_rows,
                  plan.stage_rows, sequence.keys, g.head_dim);

@@ -12,8 +12,7 @@ inline AttentionPlan plan_on_device(const AttentionShape& shape) {
 
 template <class Kernel>
 const char* launch_plan(Kernel kernel, const AttentionPlan& plan, const Attention& g, void* stream) {
-  if (plan.blocks > kMaxBlocks) return "attention needs more blocks than a grid has";
-  return launch_kernel(kernel, plan.blocks, 32 * plan.warps, plan.shared, stream, g, plan);
+  return launch_kernel(kernel, {plan.row_blocks, plan.groups}, 32 * plan.warps, plan.shared, stream, g, plan);
 }
 
 template <class Launch, class T, int E = 32>
@@ -25,6 +24,7 @@ const char* dispatch_head_dim(const Attention& g, void* stream) {
 
 template <class Launch>
 const char* dispatch_heads(const Attention& g, Dtype dtype, void* stream) {
+  if (g.sequences == 0 || g.heads == 0) return nullptr;
   if (dtype == Dtype::float16) return dispatch_head_dim<Launch, __half>(g, stream);
   return dispatch_head_dim<Launch, __nv_bfloat16>(g, stream);
 }

@@ -17,7 +17,7 @@ struct AttentionPlan {
   int stage_rows = 16;  // a multiple of 16
   int stages = 1;       // of the whole pair; more than one: two buffers
   bool streams = false;
-  int64_t blocks = 0;
+  int64_t groups = 0;  // of heads
   size_t shared = 0;
 };
 
@@ -71,7 +71,7 @@ inline AttentionPlan plan_attention(const AttentionShape& shape, int shared_limi
   }
   if (!resident) plan.units = plan.warps;
   plan.row_blocks = static_cast<int>(divided_up(units, plan.units));
-  plan.blocks = divided_up(shape.heads, plan.heads) * plan.row_blocks;
+  plan.groups = divided_up(shape.heads, plan.heads);
   return plan;
 }
 

@@ -26,19 +26,30 @@ struct Tile {
   __device__ Tile from(int row) const { return {data + row * PITCH}; }
 };
 
+// load_matrices of addresses so many columns further, a multiple of 16: where pieces trade places, which they do within
+// 128 bytes, by toggled bits.
+template <bool TRANSPOSED = false, int E>
+__device__ void load_at_column(uint32_t (&words)[4], Tile<E>, const uint4* first, int column) {
+  if constexpr (Tile<E>::SWIZZLED) {
+    load_matrices<TRANSPOSED>(words, first + column / 64 * 8, 2 * (column % 64));
+  } else {
+    load_matrices<TRANSPOSED>(words, first + column / 8);
+  }
+}
+
 // The first 16 rows and 16 columns as mma's a; transposed, 16 rows and two times 8 columns as its b (words 0, 1 and 2,
 // 3).
 template <bool TRANSPOSED = false, int E>
 __device__ void load_square(uint32_t (&words)[4], Tile<E> tile, int column) {
   const unsigned lane = threadIdx.x % 32;
-  load_matrices<TRANSPOSED>(words, tile.at(lane % 16, column / 8 + lane / 16));
+  load_at_column<TRANSPOSED>(words, tile, tile.at(lane % 16, lane / 16), column);
 }
 
 // The first two times 8 rows and 16 columns as the b of a product with the rows' transpose (words 0, 1 and 2, 3).
 template <int E>
 __device__ void load_rows_as_columns(uint32_t (&words)[4], Tile<E> tile, int column) {
   const unsigned lane = threadIdx.x % 32;
-  load_matrices(words, tile.at(lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2));
+  load_at_column(words, tile, tile.at(lane / 16 * 8 + lane % 8, lane / 8 % 2), column);
 }
 
 // Asks for rows first .. first + count of a head; those from `limit` on, and columns from head_dim on, are zero.
@@ -55,7 +66,7 @@ __device__ void copy_rows(Tile<E> tile, const T* head, int64_t stride, int first
 // For __launch_bounds__: the threads that have so many registers each when they fill a multiprocessor. Blocks are
 // smaller.
 template <int REGISTERS>
-constexpr int kThreadsOf = 65536 / REGISTERS / 128 * 128;
+constexpr int kThreadsOf = 65536 / REGISTERS / 32 * 32;
 
 // What copy_rows brought to this thread, without infinities and NaN; whether there were any.
 template <class T, int E>
@@ -125,6 +136,11 @@ __device__ inline Sequence sequence_of(const Attention& g, int index) {
 template <class T>
 __device__ T* head_of(const Heads& tensor, const Sequence& s) {
   return static_cast<T*>(tensor.data) + s.batch * tensor.batch + s.head * tensor.head + s.first * tensor.token;
+}
+
+// The first of a block's heads; the last blocks of the grid may have none.
+__device__ inline int64_t first_head_of_block(const AttentionPlan& plan) {
+  return (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * plan.heads;
 }
 
 // Rows of two tensors by the whole block, one after the other.

@@ -16,12 +16,26 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+// Blocks along x, and many more of them along y and z together.
+struct Grid {
+  unsigned x = 1, y = 1, z = 1;
+
+  Grid(int64_t blocks) : x(static_cast<unsigned>(blocks)) {}
+  Grid(int64_t blocks, int64_t rest) : x(static_cast<unsigned>(blocks)) {
+    constexpr int64_t kMost = 0x8000;
+    y = static_cast<unsigned>(rest < kMost ? rest : kMost);
+    z = static_cast<unsigned>((rest + y - 1) / y);
+  }
+};
+
 // Null or CUDA's message.
 template <class... Parameters, class... Arguments>
-const char* launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, void* stream,
+const char* launch_kernel(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared, void* stream,
                           const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
-  config.gridDim.x = static_cast<unsigned>(blocks);
+  config.gridDim.x = grid.x;
+  config.gridDim.y = grid.y;
+  config.gridDim.z = grid.z;
   config.blockDim.x = static_cast<unsigned>(threads);
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);

@@ -79,10 +79,11 @@ __device__ inline void mma<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
 }
 
 // Four matrices (8, 8) of 16 bits from shared memory: lane 8 m + i names row i of matrix m, 16 bytes. Lane 4 i + j
-// receives of each matrix row i, columns 2 j and 2 j + 1; transposed, column i, rows 2 j and 2 j + 1.
+// receives of each matrix row i, columns 2 j and 2 j + 1; transposed, column i, rows 2 j and 2 j + 1. The address has
+// the bits of `toggled` changed.
 template <bool TRANSPOSED = false>
-__device__ inline void load_matrices(uint32_t (&words)[4], const void* row) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+__device__ inline void load_matrices(uint32_t (&words)[4], const void* row, uint32_t toggled = 0) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row)) ^ toggled;
   if constexpr (TRANSPOSED) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])

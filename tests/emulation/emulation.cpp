@@ -277,3 +277,8 @@ const char* run(dim3 grid, dim3 block, size_t shared, const std::function<void()
 }
 
 }  // namespace emulated
+
+extern "C" void emulated_device(int processors, int shared_per_block) {
+  emulated::processors = processors;
+  emulated::shared_per_block = shared_per_block;
+}

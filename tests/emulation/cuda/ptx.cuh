@@ -86,7 +86,8 @@ void load_matrices_of_warp(const Matrices* in, Matrices* out) {
 }
 
 template <bool TRANSPOSED = false>
-void load_matrices(uint32_t (&words)[4], const void* row) {
+void load_matrices(uint32_t (&words)[4], const void* row, uint32_t toggled = 0) {
+  row = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row) ^ toggled);
   emulated::check_shared(row, 16, "ldmatrix");
   const Matrices mine{static_cast<const uint16_t*>(row), {}};
   const Matrices result = emulated::together<Matrices>("ldmatrix", mine, load_matrices_of_warp<TRANSPOSED>);
