@@ -12,12 +12,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-CSRC = Path("csrc")
-REQUESTED = os.environ.get("FASTVIT_BUILD", "").strip().lower()
+CSRC, REQUESTED = Path("csrc"), os.environ.get("FASTVIT_BUILD", "").strip().lower()
 CXX = shutil.which(os.environ.get("CXX", "c++"))
 NVCC = shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "") + "/bin") or shutil.which("nvcc")
 # One binary for torch 2.10 and newer: the sources use no more than the stable ABI of that release.
 FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -Wall -DTORCH_TARGET_VERSION=0x020a000000000000"
+NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -Xptxas=-v --threads=0"
 
 
 def choose_build() -> tuple[str, str]:
@@ -31,16 +31,17 @@ def choose_build() -> tuple[str, str]:
     return ("cuda" if REQUESTED == "cuda" or (not REQUESTED and NVCC and torch.version.cuda) else "cpu"), ""
 
 
-def cuda_architectures() -> dict[str, str]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST, or for those of our own list that this nvcc knows."""
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+def cuda_architectures(cuda) -> dict[str, str]:
+    """nvcc's flags: for TORCH_CUDA_ARCH_LIST, else for the GPUs that are here, else for all that this nvcc knows."""
     known = subprocess.run([str(NVCC), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    here = sorted({cuda.get_device_capability(i) for i in range(cuda.device_count())})
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or " ".join(f"{x}.{y}{'a' * (x in (9, 10))}" for x, y in here)
     flags = {}
-    for arch in (wanted or "8.0+PTX 9.0a 10.0a").replace(";", " ").split():
+    for arch in (wanted or "8.0+PTX 8.6 8.9 9.0a 10.0a 12.0").replace(";", " ").split():
         number = arch.removesuffix("+PTX").replace(".", "")
-        if wanted or f"compute_{number.rstrip('af')}" in known:
-            codes = [f"sm_{number}", f"compute_{number}"][: 1 + arch.endswith("+PTX")]
-            flags.update({code: f"-gencode=arch=compute_{number},code={code}" for code in codes})
+        for code in (f"sm_{number}", f"compute_{number}")[: 1 + arch.endswith("+PTX")]:
+            if wanted or f"compute_{number.rstrip('af')}" in known:
+                flags[code] = f"-gencode=arch=compute_{number},code={code}"
     return flags
 
 
@@ -57,21 +58,20 @@ class BuildExtension(build_ext):
         import torch
 
         (temp := Path(self.build_temp)).mkdir(parents=True, exist_ok=True)
-        gencode = cuda_architectures() if BUILD == "cuda" else {}
-        # torch brings a pybind11 of its own, which refuses to be compiled with the stable ABI: the installed one first.
+        gencode = cuda_architectures(torch.cuda) if BUILD == "cuda" else {}
+        # torch's own pybind11 refuses to be compiled with the stable ABI: the installed one first.
         paths = (CSRC, pybind11.get_include(), f"{torch.__path__[0]}/include", *self.include_dirs)
         defines = [f'-DFASTVIT_VERSION="{self.distribution.get_version()}"', f'-DFASTVIT_CUDA="{" ".join(gencode)}"']
         cxx = [CXX, *f"{FLAGS} {os.environ.get('FASTVIT_CXXFLAGS', '')}".split(), *defines, *(f"-I{p}" for p in paths)]
-        nvcc = [NVCC, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", f"-I{CSRC}"]
-        stamp = zlib.crc32(f"{cxx}{nvcc}{gencode}{torch.__version__}".encode())
+        nvcc = [NVCC, *NVCC_FLAGS.split(), f"-I{CSRC}", *gencode.values()]
+        stamp = zlib.crc32(f"{cxx}{nvcc}{torch.__version__}".encode())
         newest_header = max(p.stat().st_mtime for p in (Path("setup.py"), *CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")))
 
         def compile_one(source: str) -> Path:
             target = temp / f"{source.replace('/', '_')}.{stamp:08x}.o"
-            if target.exists() and target.stat().st_mtime > max(newest_header, Path(source).stat().st_mtime):
-                return target
-            report = run(*((*nvcc, *gencode.values()) if source.endswith(".cu") else cxx), "-c", source, "-o", target)
-            target.with_suffix(".txt").write_text(report)  # warnings; of CUDA sources also registers and spills
+            if not target.exists() or target.stat().st_mtime < max(newest_header, Path(source).stat().st_mtime):
+                report = run(*(nvcc if source.endswith(".cu") else cxx), "-c", source, "-o", target)
+                target.with_suffix(".txt").write_text(report)  # warnings; of CUDA sources also registers and spills
             return target
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:

@@ -3,6 +3,7 @@
 from . import ops
 from .backends import BackendError, backend, is_available
 from .config import PRESETS, ViTConfig
+from .cuda_graph import graph
 from .drop_in import accelerate, accelerated, report, restore
 from .model import VisionTransformer, create_model, list_models
 from .ops import why_not
@@ -19,6 +20,7 @@ __all__ = [
     "accelerated",
     "backend",
     "create_model",
+    "graph",
     "is_available",
     "list_models",
     "ops",

@@ -1,7 +1,8 @@
 """The compiled extension ``fastvit._C``: loaded on first use, the CPU kernels' launchers and their limits.
 
-``cpu`` holds one launcher per op (``native_cuda`` those of the CUDA kernels). A launcher's ``why_not`` and ``forward`` take the same arguments, in the
-order of the op's contract (see ``fastvit.ops``); ``why_not`` looks at metadata only.
+``cpu`` holds one launcher per op, and ``native_cuda`` those of the CUDA kernels. A launcher's ``why_not`` and
+``forward`` take the same arguments, in the order of the op's contract (see ``fastvit.ops``); ``why_not`` looks at
+metadata only.
 """
 
 import importlib

@@ -18,16 +18,20 @@ def _why_not_device(index: int) -> str:
     """Why the compiled kernels do not run on a device, in one sentence; empty if they do."""
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
-        return f"cuda kernels need compute capability 8.0 or newer, {torch.cuda.get_device_name(index)} has {major}.{minor}"
+        return f"cuda kernels need compute capability 8.0 or newer, this device has {major}.{minor}"
     built = native.build_info()["cuda_architectures"]
-    for code in built:
-        kind, _, number = code.partition("_")
-        known = int(number.rstrip("af"))
-        same = known // 10 == major and known % 10 <= minor and (kind == "compute" or not number.endswith("a"))
-        exact = known == 10 * major + minor
-        if exact or (same and kind == "sm") or (kind == "compute" and known <= 10 * major + minor):
-            return ""
+    if any(_runs_on(code, 10 * major + minor) for code in built):
+        return ""
     return f"the extension was built for {', '.join(built)}, not for compute capability {major}.{minor}"
+
+
+def _runs_on(code: str, capability: int) -> bool:
+    """Whether code for "sm_86", "sm_90a" or "compute_80" runs on a device, 86 being the capability 8.6."""
+    kind, _, number = code.partition("_")
+    built_for = int(number.rstrip("af"))
+    if number.endswith("a") or kind == "compute":  # of one chip alone, or for the driver to compile
+        return built_for == capability or (kind == "compute" and not number.endswith("a") and built_for <= capability)
+    return built_for // 10 == capability // 10 and built_for <= capability
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Attention(Launcher):
             return f"cuda attention takes head dims that are multiples of 8 up to {MAX_HEAD_DIM}, got {head_dim}"
         for name, t in (("q", q), ("k", k), ("v", v)):
             if t.dtype in self.dtypes and not _aligned(t):
-                return f"cuda attention reads 16 bytes at a time, and heads of {name} do not begin at multiples of 16 bytes"
+                return f"cuda attention needs heads of {name} to begin at multiples of 16 bytes"
         return self._why_not(q)
 
     def forward(self, q, k, v, mask, causal, scale, *options: Any) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,10 @@ INTERPRETED = interpreter.install()
 
 # The interpreter must be set up first.
 import emulated  # noqa: E402
+from fastvit.benchmarks.peers import repair_torchvision  # noqa: E402
 from harness import Place  # noqa: E402
 
 from fastvit import native  # noqa: E402
-from fastvit.benchmarks.peers import repair_torchvision  # noqa: E402
 
 TORCHVISION_FAILURE = repair_torchvision()
 REQUIRE_PARITY = os.environ.get("CI", "").lower() in ("1", "true")

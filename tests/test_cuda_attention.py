@@ -224,8 +224,8 @@ def test_empty(cuda_place, shape):
         ("computes in float16, bfloat16, got float32", lambda q: (q.float(), {})),
         ("multiples of 8 up to 128, got 60", lambda q: (q[..., :60], {})),
         ("multiples of 8 up to 128, got 136", lambda q: (torch.cat([q, q, q], -1)[..., :136], {})),
-        ("heads of q do not begin at multiples of 16 bytes", lambda q: (q[..., 1:33], {})),
-        ("heads of q do not begin at multiples of 16 bytes", lambda q: (torch.cat([q, q[..., :1]], -1)[..., :64], {})),
+        ("heads of q to begin at multiples of 16 bytes", lambda q: (q[..., 1:33], {})),
+        ("heads of q to begin at multiples of 16 bytes", lambda q: (torch.cat([q, q[..., :1]], -1)[..., :64], {})),
         ("has no dropout", lambda q: (q, {"dropout": 0.1})),
     ],
 )
