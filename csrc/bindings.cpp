@@ -22,11 +22,12 @@ STABLE_TORCH_LIBRARY(fastvit_native, m) {
       "Tensor(c!) dv, Tensor? mask, bool causal, float scale, Tensor? cu_seqlens=None, int max_seqlen=0) -> ()");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? layer_scale, Tensor? residual, str activation, "
-      "bool keep_preact, Tensor? packed) -> (Tensor, Tensor)");
+      "bool keep_preact, Tensor? packed, Tensor? sample_scale=None) -> (Tensor, Tensor)");
+  m.def("activation_backward(Tensor dy, Tensor preact, str activation) -> Tensor");
   m.def(
       "norm_mlp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, Tensor? fc1_bias, "
       "Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale, float eps, str activation, bool residual, bool keep, "
-      "Tensor? fc1_packed, Tensor? fc2_packed) "
+      "Tensor? fc1_packed, Tensor? fc2_packed, Tensor? sample_scale=None) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "patch_embed(Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, "

@@ -22,11 +22,11 @@ BACKENDS = ("reference", "triton", "cuda", "cpu")
 
 # op -> backends that implement it beside the reference
 OPS: dict[str, tuple[str, ...]] = {
-    "patch_embed": ("triton", "cpu"),
+    "patch_embed": ("triton", "cuda", "cpu"),
     "layer_norm": ("triton", "cuda", "cpu"),
     "attention": ("triton", "cuda", "cpu"),
-    "linear": ("triton", "cpu"),
-    "norm_mlp": ("triton", "cpu"),
+    "linear": ("triton", "cuda", "cpu"),
+    "norm_mlp": ("triton", "cuda", "cpu"),
     "encoder": ("cpu",),
 }
 

@@ -11,6 +11,7 @@ from . import native
 from .tracing import constant
 
 MAX_HEAD_DIM = 128
+MAX_CHANNELS = 16
 
 
 @constant
@@ -106,6 +107,51 @@ class LayerNorm(Launcher):
         return self.native.layer_norm(x, residual, layer_scale, weight, bias, eps)
 
 
+@dataclass(frozen=True)
+class Product(Launcher):
+    """An op made of matrix products, which are the library's; its backward is the reference's with parts of ours."""
+
+    def _activation_backward(self, dy: Tensor, preact: Tensor, activation: str) -> Tensor:
+        return self.native.activation_backward(dy if dy.stride(-1) == 1 else dy.contiguous(), preact, activation)
+
+    @property
+    def backward_parts(self) -> dict[str, Any]:
+        return {"activation_backward": self._activation_backward}
+
+
+@dataclass(frozen=True)
+class Linear(Product):
+    def why_not(self, x, weight, bias, layer_scale, residual, activation, keep_preact, sample_scale) -> str | None:
+        return self._why_not(x)
+
+    def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
+        *taken, sample_scale = args
+        return self.native.linear(*taken, None, sample_scale)
+
+
+@dataclass(frozen=True)
+class NormMlp(Product):
+    def why_not(self, x, *args: Any) -> str | None:
+        return self._why_not(x)
+
+    def forward(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *taken, sample_scale = args
+        return self.native.norm_mlp(*taken, None, None, sample_scale)
+
+
+@dataclass(frozen=True)
+class PatchEmbed(Launcher):
+    def why_not(self, image, weight, bias, pos_embed, prefix, pixel_scale, pixel_shift) -> str | None:
+        if pixel_scale is not None and len(pixel_scale) > MAX_CHANNELS:
+            return f"cuda patch_embed normalises images of at most {MAX_CHANNELS} channels, got {len(pixel_scale)}"
+        return self._why_not(weight)
+
+    def forward(self, image, weight, bias, pos_embed, prefix, *factors: Any) -> Tensor:
+        # They travel with the launch: as tensors on the CPU, so that the device is not waited for.
+        scale, shift = (None if f is None else torch.tensor(f, dtype=torch.float32, device="cpu") for f in factors)
+        return self.native.patch_embed(image, weight, bias, pos_embed, prefix, scale, shift, None)
+
+
 def launchers(library: str = "fastvit_native", device_type: str = "cuda") -> SimpleNamespace:
     """One launcher per op."""
     low, all_three = (torch.float16, torch.bfloat16), (torch.float32, torch.float16, torch.bfloat16)
@@ -113,6 +159,9 @@ def launchers(library: str = "fastvit_native", device_type: str = "cuda") -> Sim
     return SimpleNamespace(
         attention=Attention("attention", low, **where),
         layer_norm=LayerNorm("layer_norm", all_three, **where),
+        linear=Linear("linear", all_three, **where),
+        norm_mlp=NormMlp("norm_mlp", all_three, **where),
+        patch_embed=PatchEmbed("patch_embed", all_three, **where),
     )
 
 

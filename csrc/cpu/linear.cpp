@@ -14,7 +14,9 @@ constexpr const char* kOp = "linear";
 
 std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                   const OptionalTensor& layer_scale, const OptionalTensor& residual,
-                                  const std::string& activation, bool keep_preact, const OptionalTensor& packed) {
+                                  const std::string& activation, bool keep_preact, const OptionalTensor& packed,
+                                  const OptionalTensor& sample_scale) {
+  FASTVIT_CHECK(!sample_scale, kOp, ": the CPU kernels take no sample_scale");
   FASTVIT_CHECK(x.dim() == 2 && weight.dim() == 2, kOp, ": x must have shape (M, K) and weight (N, K)");
   const int64_t m = x.size(0), k = x.size(1), n = weight.size(0);
   // Autocast: bfloat16 rows meet float32 parameters, and a float32 residual stream stays one.

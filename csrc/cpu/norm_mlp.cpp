@@ -20,7 +20,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_mlp_op(
     const Tensor& x, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& fc1_weight,
     const OptionalTensor& fc1_bias, const Tensor& fc2_weight, const OptionalTensor& fc2_bias,
     const OptionalTensor& layer_scale, double eps, const std::string& activation, bool residual, bool keep,
-    const OptionalTensor& fc1_packed, const OptionalTensor& fc2_packed) {
+    const OptionalTensor& fc1_packed, const OptionalTensor& fc2_packed, const OptionalTensor& sample_scale) {
+  FASTVIT_CHECK(!sample_scale, kOp, ": the CPU kernels take no sample_scale");
   FASTVIT_CHECK(x.dim() == 2 && fc1_weight.dim() == 2 && fc2_weight.dim() == 2, kOp,
                 ": x must have shape (M, D), fc1_weight (F, D) and fc2_weight (O, F)");
   const int64_t m = x.size(0), width = x.size(1), hidden = fc1_weight.size(0), out = fc2_weight.size(0);

@@ -25,10 +25,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def activation_backward(dy: Tensor, preact: Tensor, activation: str) -> Tensor:
-    """dy * activation'(preact) in dy's dtype, fp32 inside."""
-    if activation == "none":
-        return dy
-    preact = preact.to(dy.dtype)
+    """dy * activation'(preact) in their dtype, fp32 inside."""
     if activation == "quick_gelu":
         wide = preact.to(torch.promote_types(dy.dtype, torch.float32))
         gate = torch.sigmoid(1.702 * wide)
@@ -71,10 +68,12 @@ def reference_backward(
     *,
     product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
     column_sum: Callable[[Tensor], Tensor] = column_sum,
+    activation_backward: Callable[[Tensor, Tensor, str], Tensor] = activation_backward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, dweight, dbias, dlayer_scale); the residual's is dy itself.
 
-    A backend may bring its own product of two matrices and its own sum of rows in fp32.
+    A backend may bring its own product of two matrices, its own sum of rows in fp32 and its own
+    :func:`activation_backward` of tensors of one dtype.
 
     Without an activation the output need not be kept for LayerScale: with G = dyᵀ x,
     dlayer_scale = Σ_k W G + b Σ dy and dweight = layer_scale G. A sample's factor goes into dy first.
@@ -82,7 +81,7 @@ def reference_backward(
     wide = torch.promote_types(dy.dtype, torch.float32)
     dy = dy if sample_scale is None else dy * contract.per_row(sample_scale, dy.shape[0])
     if layer_scale is None or activation == "none":
-        d = activation_backward(dy, preact, activation)
+        d = dy if activation == "none" else activation_backward(dy, preact, activation)
         dweight, dbias = product(d.t(), x), column_sum(d)
         if layer_scale is None:
             return product(d, weight), dweight, dbias.to(dy.dtype), contract.absent(dy)
@@ -92,7 +91,7 @@ def reference_backward(
         dbias = (dbias * layer_scale.to(wide)).to(dy.dtype)
         return dx, dweight * layer_scale[:, None], dbias, dscale.to(dy.dtype)
     dscale = (dy.to(wide) * activate(preact.to(wide), activation)).sum(0).to(dy.dtype)
-    d = activation_backward(dy.to(wide) * layer_scale.to(wide), preact, activation)
+    d = activation_backward(dy.to(wide) * layer_scale.to(wide), preact.to(wide), activation)
     dbias, d = column_sum(d).to(dy.dtype), d.to(dy.dtype)
     return product(d, weight), product(d.t(), x), dbias, dscale
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import backends
 from . import _contract as contract
 from .layer_norm import layer_norm, reference_backward as layer_norm_backward
-from .linear import activate, column_sum, linear, reference_backward as linear_backward
+from .linear import activate, activation_backward, column_sum, linear, reference_backward as linear_backward
 
 
 def reference(
@@ -58,6 +58,7 @@ def reference_backward(
     *,
     product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
     column_sum: Callable[[Tensor], Tensor] = column_sum,
+    activation_backward: Callable[[Tensor, Tensor, str], Tensor] = activation_backward,
     norm_backward: Callable[..., Any] = layer_norm_backward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, dnorm_weight, dnorm_bias, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dlayer_scale).
@@ -70,7 +71,11 @@ def reference_backward(
     normalised = (normalised if norm_bias is None else normalised + norm_bias.to(wide)).to(x.dtype)
     hidden = activate(preact, activation)
     branch = dy if sample_scale is None else dy * contract.per_row(sample_scale, dy.shape[0])
-    parts: dict[str, Any] = {"product": product, "column_sum": column_sum}
+    parts: dict[str, Any] = {
+        "product": product,
+        "column_sum": column_sum,
+        "activation_backward": activation_backward,
+    }
     dhidden, dfc2, dfc2_bias, dscale = linear_backward(
         branch, hidden, fc2_weight, fc2_bias, layer_scale, preact, "none", **parts
     )

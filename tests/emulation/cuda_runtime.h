@@ -112,6 +112,8 @@ inline int __any_sync(unsigned, int vote) {
   });
 }
 
+inline float __fdividef(float a, float b) { return a / b; }
+
 using cudaStream_t = void*;
 using cudaError_t = const char*;
 constexpr cudaError_t cudaSuccess = nullptr;
