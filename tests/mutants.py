@@ -31,9 +31,11 @@ SHARE = 0.95
 OUTCOMES = ("killed", "survived", "does not apply", "broken", "tests fail without it")
 # What a kernel that cannot run raises: such a patch is no plausible fault.
 BREAKS = re.compile(
-    r"(\w*\.)*(SyntaxError|NameError|ImportError|ModuleNotFoundError|UnboundLocalError|CompilationError)"
+    r"(\w*\.)*(SyntaxError|NameError|ImportError|ModuleNotFoundError|UnboundLocalError|CompilationError|CalledProcessError)"
 )
 # A patch to kernels/ shows through Triton alone; the places of tests/harness.py that run something else need not run.
+# One to csrc/cuda/ shows in the files called test_cuda_<op>, and no other does in them.
+TRITON, CUDA = "kernels/", "csrc/cuda/"
 ELSEWHERE = "not reference-cpu and not reference-cuda and not cpu-cpu and not cuda-cuda"
 
 
@@ -53,6 +55,11 @@ class Baseline:
     tests: tuple[str, ...]
     seconds: float
     failed: str = ""
+
+
+def reach_of(patch: Path) -> str:
+    """TRITON or CUDA where a patch stays there, else nothing."""
+    return next((part for part in (TRITON, CUDA) if all(name.startswith(part) for name in touched(patch))), "")
 
 
 def patches(ops: list[str] | None = None) -> list[Path]:
@@ -110,15 +117,16 @@ def complaint(case: tree.Element) -> str:
 
 
 def op_files(op: str, tree_root: Path) -> list[str]:
-    """The files named after the op: test_kernels_<op>.py, test_<op>.py and their parts, test_<op>_<part>.py."""
-    names = (f"test_{place}{op}{part}.py" for place in ("kernels_", "") for part in ("", "_*"))
+    """The files named after the op: test_kernels_<op>.py, test_cuda_<op>.py, test_<op>.py and their parts,
+    test_<op>_<part>.py."""
+    names = (f"test_{place}{op}{part}.py" for place in ("kernels_", "cuda_", "") for part in ("", "_*"))
     return [f"tests/{path.name}" for name in names for path in sorted((tree_root / "tests").glob(name))]
 
 
-def measure(copy: Path, op: str, kernels_only: bool) -> Baseline:
-    files = op_files(op, copy)
+def measure(copy: Path, op: str, reach: str) -> Baseline:
+    files = [file for file in op_files(op, copy) if not reach or ("/test_cuda_" in file) == (reach == CUDA)]
     start = time.perf_counter()
-    status, cases = run_tests(copy, [*files, *(["-k", ELSEWHERE] if kernels_only else [])])
+    status, cases = run_tests(copy, [*files, *(["-k", ELSEWHERE] if reach == TRITON else [])])
     ran = sorted((c for c in cases if c.find("skipped") is None), key=lambda c: float(c.get("time", 0)))
     failed = next((f"{node_id(c)}: {complaint(c)}" for c in ran if complaint(c)), "")
     if status and not failed:
@@ -166,13 +174,13 @@ def verdict(status: int, cases: list[tree.Element]) -> tuple[str, str]:
 def survey(chosen: list[Path], jobs: int) -> Iterator[Result]:
     """Results as they come; one copy of the tree per worker, one baseline per op and reach."""
     local, lock = threading.local(), threading.Lock()
-    baselines: dict[tuple[str, bool], Baseline] = {}
+    baselines: dict[tuple[str, str], Baseline] = {}
     free: list[Path] = []
 
     def work(patch: Path) -> Result:
         if not hasattr(local, "copy"):
             local.copy = free.pop()
-        key = patch.parent.name, all(name.startswith("kernels/") for name in touched(patch))
+        key = patch.parent.name, reach_of(patch)
         with lock:  # measured while the other workers wait: it orders their tests by time
             if key not in baselines:
                 baselines[key] = measure(local.copy, *key)

@@ -20,14 +20,17 @@ PATCHES = mutants.patches()
 def test_patch_applies(patch, tmp_path):
     files = mutants.touched(patch)
     assert files
-    assert all(name.startswith(("kernels/", "fastvit/")) for name in files), "faults are planted in the product"
+    assert all(name.startswith(("kernels/", "fastvit/", "csrc/cuda/")) for name in files), (
+        "faults are planted in the product"
+    )
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(mutants.ROOT / name, tmp_path / name)
     assert mutants.apply(patch, tmp_path) == "", "write the patch again: the lines around it have changed"
     assert any((tmp_path / name).read_text() != (mutants.ROOT / name).read_text() for name in files)
     for name in files:
-        compile((tmp_path / name).read_text(), name, "exec")
+        if name.endswith(".py"):
+            compile((tmp_path / name).read_text(), name, "exec")
 
 
 def test_every_op_has_its_faults():
@@ -40,6 +43,7 @@ def test_an_op_is_tried_by_all_its_files_and_by_no_others():
     files = {op: mutants.op_files(op, mutants.ROOT) for op in backends.OPS}
     assert all(f"tests/test_{op}.py" in files[op] for op in files)
     assert all(f"tests/test_kernels_{op}.py" in files[op] for op in files if "triton" in backends.OPS[op])
+    assert all(f"tests/test_cuda_{op}.py" in files[op] for op in ("attention", "linear", "norm_mlp", "patch_embed"))
     assert "tests/test_attention_options.py" in files["attention"]
     together = [name for names in files.values() for name in names]
     assert len({*together}) == len(together)
@@ -68,6 +72,7 @@ def case(message=None, kind="failure"):
         (1, [case("RuntimeError: shape", "error")], ("killed", "test_x.py::test_y[1]")),
         (1, [case("NameError: name 'x' is not defined")], ("broken", "NameError: name 'x' is not defined")),
         (1, [case("triton.compiler.errors.CompilationError: at 3:1")], ("broken", None)),
+        (1, [case("subprocess.CalledProcessError: Command 'c++'", "error")], ("broken", None)),
         (2, [case("collection failure", "error")], ("broken", None)),
         (4, [], ("broken", "pytest exited with 4")),
         (124, [], ("killed", "the time limit")),
