@@ -27,7 +27,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "attention": ("triton", "cuda", "cpu"),
     "linear": ("triton", "cuda", "cpu"),
     "norm_mlp": ("triton", "cuda", "cpu"),
-    "encoder": ("cpu",),
+    "encoder": ("cuda", "cpu"),
 }
 
 _MODULES = {"triton": "fastvit.kernels.{op}", "cuda": "fastvit.native_cuda:cuda.{op}", "cpu": "fastvit.native:cpu.{op}"}

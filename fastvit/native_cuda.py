@@ -152,12 +152,33 @@ class PatchEmbed(Launcher):
         return self.native.patch_embed(image, weight, bias, pos_embed, prefix, scale, shift, None)
 
 
+@dataclass(frozen=True)
+class Encoder(Launcher):
+    """Whole blocks by one call of the dispatcher: what a model at batch 1 spends in Python stays out of it."""
+
+    def why_not(self, x, parameters, eps, num_heads, scale, activation, compute, int8) -> str | None:
+        if int8:
+            return "cuda encoder has no int8 products"
+        if compute != str(x.dtype).removeprefix("torch."):
+            return f"cuda encoder computes in its tokens' dtype, not in autocast's {compute}"
+        head_dim = x.shape[-1] // num_heads
+        if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+            return f"cuda encoder takes head dims that are multiples of 8 up to {MAX_HEAD_DIM}, got {head_dim}"
+        return self._why_not(x)
+
+    def forward(self, x, parameters, eps, num_heads, scale, activation, compute, int8) -> Tensor:
+        absent = x.new_empty(0)
+        tensors = [absent if t is None else t for t in parameters]
+        return self.native.encoder(x.contiguous(), tensors, eps, num_heads, scale, activation)
+
+
 def launchers(library: str = "fastvit_native", device_type: str = "cuda") -> SimpleNamespace:
     """One launcher per op."""
     low, all_three = (torch.float16, torch.bfloat16), (torch.float32, torch.float16, torch.bfloat16)
     where = {"library": library, "device_type": device_type}
     return SimpleNamespace(
         attention=Attention("attention", low, **where),
+        encoder=Encoder("encoder", low, **where),
         layer_norm=LayerNorm("layer_norm", all_three, **where),
         linear=Linear("linear", all_three, **where),
         norm_mlp=NormMlp("norm_mlp", all_three, **where),

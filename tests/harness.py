@@ -23,11 +23,17 @@ class Place:
         return f"{self.backend}-{self.device}"
 
 
+# The CUDA kernels that compute in 16 bits alone have tests of their own: test_cuda_<op>.py.
+LOW_ONLY = {("attention", "cuda"), ("encoder", "cuda")}
+
+
 def places(op: str) -> list:
     """Every backend of an op, on the devices it serves here; an absent one is skipped with its reason."""
     gpu = torch.cuda.is_available()
     wanted = [Place("reference", "cpu")]
     for name in backends.OPS[op]:
+        if (op, name) in LOW_ONLY:
+            continue
         wanted.append(Place(name, "cuda" if name == "cuda" or (name == "triton" and gpu) else "cpu"))
     if gpu:
         wanted.append(Place("reference", "cuda"))

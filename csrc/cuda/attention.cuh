@@ -163,7 +163,7 @@ __device__ void finish(Seen<E, M>& seen, const Attention& g, const Sequence& seq
         seen.total[m][j][2 * half + 1] *= factor;
       }
       const int row = first_row + 16 * m + lane / 4 + 8 * half;
-      if (lane % 4 == 0 && row < sequence.queries) lse[row] = (top + log2f(weight)) / kLog2E;
+      if (g.lse && lane % 4 == 0 && row < sequence.queries) lse[row] = (top + log2f(weight)) / kLog2E;
     }
   }
 }

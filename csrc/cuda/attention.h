@@ -18,7 +18,7 @@ struct Heads {
 // tensors hold one row of `sequences` sequences, and a sequence is longer than `longest` on nobody's word.
 struct Attention {
   Heads q, k, v, out, dout, dq, dk, dv;
-  float* lse = nullptr;    // (B, H, queries)
+  float* lse = nullptr;    // (B, H, queries), or null: it is for the backward
   float* delta = nullptr;  // (B, H, queries): of a row, Σ dout out
   const int32_t* cu_seqlens = nullptr;
   const void* mask = nullptr;
