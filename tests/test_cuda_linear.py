@@ -75,3 +75,15 @@ def test_views_empty_and_written(cuda_place, nan_filled):
     cases.test_leading_dimensions_and_empty(cuda_place)
     cases.test_every_output_is_written(cuda_place, None)
     cases.test_sums_over_many_rows_are_wide(cuda_place, "gelu")
+
+
+def test_refusals(cuda_place):
+    native = backends.implementation("linear", "cuda").native
+    x, weight = torch.randn(6, 8, device=cuda_place.device), torch.randn(4, 8, device=cuda_place.device)
+    rest = (None, None, None, "none", False)
+    with pytest.raises(RuntimeError, match="packed weights are for the CPU kernels"):
+        native.linear(x, weight, *rest, weight)
+    with pytest.raises(RuntimeError, match="a factor for each of the samples"):
+        native.linear(x, weight, *rest, None, x.new_ones(4))
+    with pytest.raises(RuntimeError, match="the CPU kernels take no sample_scale"):
+        torch.ops.fastvit_native.linear(x.cpu(), weight.cpu(), *rest, None, torch.ones(3))
