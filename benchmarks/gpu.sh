@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Build, test and measure on a GPU with the python that is there; downloads nothing and ends within nine minutes, with
-# --quick within three. Other arguments go to the measurement of whole models. Leaves in $OUT (default build/gpu):
-# build.log tests.log ops.log models.log rows.csv breakdown.txt tuning.txt tuning.json
+# --quick within three; --sanitize runs the CUDA C++ kernels under compute-sanitizer instead of measuring. Other
+# arguments go to the measurement of whole models. Leaves in $OUT (default build/gpu):
+# build.log tests.log ops.log models.log rows.csv breakdown.txt tuning.txt tuning.json, or build.log sanitize.log
 # Fails when a step fails; a later step still runs, because its log is what explains the failure. Correctness comes
 # first, and what is left of the time goes to the tuner.
 set -uo pipefail
@@ -9,11 +10,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu}
-quick='' seconds=525
-if [ "${1:-}" = --quick ]; then
+quick='' sanitize='' seconds=525
+case "${1:-}" in
+--quick)
   quick=yes seconds=165
   shift
-fi
+  ;;
+--sanitize)
+  sanitize=yes
+  shift
+  ;;
+esac
 
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
   echo "gpu.sh: $(command -v "$PYTHON" || echo "$PYTHON (not found)") has no torch that finds a usable GPU" >&2
@@ -24,7 +31,7 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 export OUT PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
-rm -f "$OUT"/{build,tests,ops,models}.log "$OUT"/{breakdown,tuning}.txt "$OUT"/tuning.json "$OUT"/rows.csv
+rm -f "$OUT"/{build,tests,ops,models,sanitize}.log "$OUT"/{breakdown,tuning}.txt "$OUT"/tuning.json "$OUT"/rows.csv
 end=$((SECONDS + seconds))
 
 failed=()
@@ -52,19 +59,25 @@ step() { # name, most seconds, log, command...; a step gets no more than what is
 parallel=()
 processes=$("$PYTHON" -c 'import os, xdist; print(min(8, os.cpu_count()))' 2>/dev/null) && parallel=(-n "$processes")
 read -ra more <<<"${PYTEST_ARGS:-}"
-pytest=("$PYTHON" -m pytest -q -W default --durations=10 "${parallel[@]}" "${more[@]}")
-ops=("$PYTHON" -m fastvit bench-ops --device cuda --backend triton --csv "$OUT/rows.csv")
-models=("$PYTHON" -m fastvit bench --device cuda --backend triton --dtype bfloat16 --csv "$OUT/rows.csv")
+pytest=("$PYTHON" -m pytest -q -W default --durations=10 -k "not emulated" "${parallel[@]}" "${more[@]}")
+ops=("$PYTHON" -m fastvit bench-ops --device cuda --backend triton,cuda --csv "$OUT/rows.csv")
+models=("$PYTHON" -m fastvit bench --device cuda --backend triton,cuda --dtype bfloat16 --csv "$OUT/rows.csv")
 S=vit_small_patch16_224 B=vit_base_patch16_224 L=vit_large_patch16_224
 
-step build 90 build.log "$PYTHON" setup.py build_ext --inplace
+step build 120 build.log env FASTVIT_BUILD=cuda "$PYTHON" setup.py build_ext --inplace
 step info 20 build.log "$PYTHON" -m fastvit info
-if [ "$quick" ]; then
-  step tests 70 tests.log "${pytest[@]}" tests/test_kernels*.py
+if [ "$sanitize" ]; then
+  # Our kernels alone: what torch launches between them is not ours to check, and takes most of the time.
+  for tool in memcheck racecheck initcheck synccheck; do
+    step "$tool" 120 sanitize.log compute-sanitizer --tool "$tool" --kernel-regex kns=fastvit --error-exitcode 9 \
+      "$PYTHON" tests/cuda_smoke.py
+  done
+elif [ "$quick" ]; then
+  step tests 70 tests.log "${pytest[@]}" tests/test_kernels*.py tests/test_cuda_*.py
   step ops 40 ops.log "${ops[@]}" --model "$B" --batch 256 --tokens 197 --direction forward,backward
   step models 25 models.log "${models[@]}" --model "$B" --batch 256 --repeats 10 "$@"
 else
-  step tests 190 tests.log "${pytest[@]}" tests/test_kernels*.py \
+  step tests 190 tests.log "${pytest[@]}" tests/test_kernels*.py tests/test_cuda_*.py \
     tests/test_attention_options.py tests/test_{attention,layer_norm,linear,norm_mlp,patch_embed,contract,backends,model,drop_in}.py
   # Rows are written case by case: what was measured before a time-out is kept. The most important come first.
   step ops 100 ops.log "${ops[@]}" --model "$B" --batch 256 --direction forward,backward,forward+backward
