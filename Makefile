@@ -63,8 +63,9 @@ memcheck: $(VENV)/.installed ## the CPU kernels under valgrind, whose CPU has no
 	PYTHONPATH=build/$@ $(watched) valgrind -q --error-exitcode=1 --fair-sched=yes --num-callers=25 --partial-loads-ok=no \
 	  --suppressions=tests/memcheck.supp $(py) tests/memory.py
 
-static: $(VENV)/.installed ## the Triton kernels compiled for every chip: registers, occupancy, the roofline's time (no GPU needed)
+static: $(VENV)/.installed ## the kernels compiled for every chip: registers, occupancy, the roofline's time (no GPU needed)
 	env -u TRITON_INTERPRET $(py) -m fastvit.benchmarks.static $(ARGS)
+	$(py) -m fastvit.benchmarks.sass --csv benchmarks/results/cuda.csv >/dev/null
 
 bench: $(VENV)/.built ## ViT-B/16 on two photographs: table, CSV, chart in RESULTS=build/bench (ARGS="--batch 16")
 	$(py) -m fastvit bench --csv $(RESULTS)/rows.csv --plot $(RESULTS)/rows.png $(ARGS)

@@ -16,12 +16,9 @@ from . import prepack
 from .settings import SETTINGS
 from .tracing import constant
 
-_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    "cuda": (torch.float32, torch.float16, torch.bfloat16),
-}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Options at the end of an op's contract that no native kernel takes yet: the contract's last arguments, in order.
+# Options at the end of an op's contract that no CPU kernel takes yet: the contract's last arguments, in order.
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "attention": (
         *("dropout", "seed", "q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias", "q_eps", "k_eps"),
@@ -90,33 +87,31 @@ def why_unavailable(device_type: str) -> str | None:
 
 @dataclass(frozen=True)
 class Launcher:
-    """One op on one device type. ``why_not`` answers a sentence or None, ``forward`` runs the kernel."""
+    """One op on a CPU. ``why_not`` answers a sentence or None, ``forward`` runs the kernel."""
 
     op: str
-    device_type: str
 
     def why_not(self, *args: Any) -> str | None:
         first, dtype = args[0], args[0].dtype
-        if first.device.type != self.device_type:
-            return f"{self.device_type} kernels run on {self.device_type} tensors, got {first.device.type}"
+        if first.device.type != "cpu":
+            return f"cpu kernels run on cpu tensors, got {first.device.type}"
         if self.op == "patch_embed":  # an image may be uint8, the parameters say in what dtype to compute
             dtype = args[1].dtype
-        if dtype not in _DTYPES[self.device_type]:
-            expected = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[self.device_type])
-            return f"{self.device_type} {self.op} computes in {expected}, got {str(dtype).removeprefix('torch.')}"
+        if dtype not in _DTYPES:
+            expected = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
+            return f"cpu {self.op} computes in {expected}, got {str(dtype).removeprefix('torch.')}"
         options = _OPTIONS.get(self.op, ())
         for name, value in zip(options, args[len(args) - len(options) :], strict=True):
             if value is not None and (isinstance(value, torch.Tensor) or value != 0):
-                return f"{self.device_type} {self.op} has no {name}"
-        return why_unavailable(self.device_type)
+                return f"cpu {self.op} has no {name}"
+        return why_unavailable("cpu")
 
     def forward(self, *args: Any) -> Any:
         _require()
         taken = args[: len(args) - len(_OPTIONS.get(self.op, ()))]
         # Numbers per channel are tensors in C++.
         taken = tuple(torch.tensor(a, dtype=torch.float32) if isinstance(a, (list, tuple)) else a for a in taken)
-        weights = _WEIGHTS.get(self.op, ()) if self.device_type == "cpu" else ()
-        packed = [prepack.weight_if_kept(taken[i]) for i in weights]
+        packed = [prepack.weight_if_kept(taken[i]) for i in _WEIGHTS.get(self.op, ())]
         return getattr(torch.ops.fastvit_native, self.op)(*taken, *packed)
 
 
@@ -274,10 +269,10 @@ class Encoder(Launcher):
 
 
 cpu = SimpleNamespace(
-    linear=Product("linear", "cpu", ("product", "column_sum")),
-    norm_mlp=Product("norm_mlp", "cpu", ("product", "column_sum", "norm_backward")),
-    patch_embed=Product("patch_embed", "cpu", ("product",)),
-    layer_norm=LayerNorm("layer_norm", "cpu"),
-    attention=Attention("attention", "cpu"),
-    encoder=Encoder("encoder", "cpu", Block("encoder", "cpu")),
+    linear=Product("linear", ("product", "column_sum")),
+    norm_mlp=Product("norm_mlp", ("product", "column_sum", "norm_backward")),
+    patch_embed=Product("patch_embed", ("product",)),
+    layer_norm=LayerNorm("layer_norm"),
+    attention=Attention("attention"),
+    encoder=Encoder("encoder", Block("encoder")),
 )

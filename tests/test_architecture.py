@@ -52,7 +52,7 @@ ARROWS = {
     "drop_in": {"release", "fused", "integrations", "layers", "ops", "backends", "prepack", "settings"},
     "quantization": {"release", "fused", "backends", "prepack"},
     "": {
-        "graph",
+        "cuda_graph",
         "quantization",
         "drop_in",
         "integrations",

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tolerances import assert_close
 from torch import Tensor
 
-from fastvit import native
+from fastvit import native, native_cuda
 from fastvit.ops._attention_arguments import PLAIN
 
 pytestmark = pytest.mark.skipif(native.why_unavailable("cpu") is not None, reason=str(native.why_unavailable("cpu")))
@@ -379,7 +379,7 @@ def test_launchers_say_what_they_refuse():
         *arguments("linear", torch.float32)[:0], args[0].long(), *args[1:]
     )
     assert "meta" in native.cpu.linear.why_not(args[0].to("meta"), *args[1:])
-    assert "cuda" in native.cuda.layer_norm.why_not(*arguments("layer_norm", torch.float32))
+    assert "cuda" in native_cuda.cuda.layer_norm.why_not(*arguments("layer_norm", torch.float32))
     with pytest.raises(FrozenInstanceError):
         native.cpu.linear.op = "other"
 
