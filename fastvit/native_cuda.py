@@ -99,12 +99,13 @@ class Attention(Launcher):
 @dataclass(frozen=True)
 class LayerNorm(Launcher):
     def why_not(self, x, residual, layer_scale, weight, bias, eps, sample_scale) -> str | None:
-        if sample_scale is not None:
-            return "cuda layer_norm has no sample_scale"
         return self._why_not(x)
 
     def forward(self, x, residual, layer_scale, weight, bias, eps, sample_scale) -> tuple[Tensor, ...]:
-        return self.native.layer_norm(x, residual, layer_scale, weight, bias, eps)
+        return self.native.layer_norm(x, residual, layer_scale, weight, bias, eps, False, sample_scale)
+
+    def backward(self, *args: Any) -> tuple[Tensor, ...]:
+        return self.native.layer_norm_backward(*args)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace fastvit::cuda {
 
@@ -27,6 +28,13 @@ struct Grid {
     z = static_cast<unsigned>((rest + y - 1) / y);
   }
 };
+
+// Whether all of them begin at multiples of 16 bytes; those that are absent do.
+inline bool all_aligned(std::initializer_list<const void*> pointers) {
+  uintptr_t bits = 0;
+  for (const void* p : pointers) bits |= reinterpret_cast<uintptr_t>(p);
+  return bits % 16 == 0;
+}
 
 // Null or CUDA's message.
 template <class... Parameters, class... Arguments>

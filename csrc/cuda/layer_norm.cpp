@@ -16,9 +16,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_cuda(const Tensor& x, cons
                                                            const OptionalTensor& weight, const OptionalTensor& bias,
                                                            double eps, bool to_bfloat16,
                                                            const OptionalTensor& sample_scale) {
-  FASTVIT_CHECK(!to_bfloat16 && !sample_scale, kOp, ": the CUDA kernels write x's dtype");
+  FASTVIT_CHECK(!to_bfloat16, kOp, ": the CUDA kernels write x's dtype");
   FASTVIT_CHECK(x.dim() == 2, kOp, ": x must have shape (M, D)");
-  FASTVIT_CHECK(residual || !layer_scale, kOp, ": layer_scale needs a residual");
+  FASTVIT_CHECK(residual || !(layer_scale || sample_scale), kOp, ": layer_scale and sample_scale need a residual");
   const cuda::Dtype dtype = cuda::dtype_of(x, kOp, "x");
   const cuda::Stream stream(x, kOp);
   const int64_t m = x.size(0), width = x.size(1);
@@ -34,6 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_cuda(const Tensor& x, cons
   args.residual = residual_rows.data;
   args.residual_stride = residual_rows.stride;
   args.layer_scale = vector<void>(layer_scale, width, x, kOp, "layer_scale");
+  set_sample_scale(args, sample_scale, m, x, kOp);
   args.weight = vector<void>(weight, width, x, kOp, "weight");
   args.bias = vector<void>(bias, width, x, kOp, "bias");
   args.y = y.mutable_data_ptr();

@@ -1,32 +1,38 @@
+#include "cuda/layer_norm.cuh"
+
 #include <algorithm>
 
 #include "cuda/launch.cuh"
-#include "cuda/layer_norm.cuh"
 
 namespace fastvit::cuda {
 namespace {
 
+template <class T, int VEC, int MAX_WIDTH>
+const char* launch_warps(const LayerNorm& g, void* stream) {
+  constexpr int WARPS = 4;
+  const int64_t blocks = std::min((g.rows + WARPS - 1) / WARPS, kMaxBlocks);
+  return launch_kernel(layer_norm_warp_kernel<T, VEC, MAX_WIDTH, WARPS>, blocks, WARPS * 32, 0, stream, g);
+}
+
 template <class T, int VEC>
 const char* launch_rows(const LayerNorm& g, void* stream) {
-  // A warp holds up to 32 floats of a row per lane; wider rows would spill.
-  constexpr int WARPS = 4, BLOCK_WARPS = 8;
-  const int64_t blocks = std::min((g.rows + WARPS - 1) / WARPS, kMaxBlocks);
-  if (g.width <= 512)
-    return launch_kernel(layer_norm_warp_kernel<T, VEC, 512, WARPS>, blocks, WARPS * 32, 0, stream, g);
-  if (g.width <= 1024)
-    return launch_kernel(layer_norm_warp_kernel<T, VEC, 1024, WARPS>, blocks, WARPS * 32, 0, stream, g);
-  return launch_kernel(layer_norm_block_kernel<T, VEC, BLOCK_WARPS>, std::min(g.rows, kMaxBlocks), BLOCK_WARPS * 32,
-                       BLOCK_WARPS * sizeof(float), stream, g);
+  // Rows that begin anywhere are slow at any width: fewer kernels will do.
+  if constexpr (VEC > 1) {
+    if (g.width <= 512) return launch_warps<T, VEC, 512>(g, stream);
+    if (g.width <= 768) return launch_warps<T, VEC, 768>(g, stream);
+    if (g.width > 1024 && g.width <= 1536) return launch_warps<T, VEC, 1536>(g, stream);
+  }
+  if (g.width <= 1024) return launch_warps<T, VEC, 1024>(g, stream);
+  constexpr int WARPS = 8;
+  return launch_kernel(layer_norm_block_kernel<T, VEC, WARPS>, std::min(g.rows, kMaxBlocks), WARPS * 32,
+                       2 * WARPS * sizeof(float), stream, g);
 }
 
 template <class T>
 const char* launch_dtype(const LayerNorm& g, void* stream) {
   constexpr int VEC = 16 / sizeof(T);
-  uintptr_t bits = 0;
-  for (const void* p :
-       {g.x, g.residual, g.layer_scale, g.weight, g.bias, const_cast<const void*>(g.y), const_cast<const void*>(g.z)})
-    bits |= reinterpret_cast<uintptr_t>(p);
-  const bool aligned = bits % 16 == 0 && (g.x_stride | g.residual_stride | g.width) % VEC == 0;
+  const bool aligned = all_aligned({g.x, g.residual, g.layer_scale, g.weight, g.bias, g.y, g.z}) &&
+                       (g.x_stride | g.residual_stride | g.width) % VEC == 0;
   return aligned ? launch_rows<T, VEC>(g, stream) : launch_rows<T, 1>(g, stream);
 }
 

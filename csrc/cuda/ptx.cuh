@@ -47,6 +47,12 @@ __device__ inline float2 unpacked<__nv_bfloat16>(uint32_t pair) {
   return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
 }
 
+// The compiler forgets what it knows of a word, so that what it computed from it need not stay in registers.
+__device__ inline void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }
+__device__ inline void forget(float& word) { asm volatile("" : "+f"(word)); }
+__device__ inline void forget(__half& word) { asm volatile("" : "+h"(reinterpret_cast<uint16_t&>(word))); }
+__device__ inline void forget(__nv_bfloat16& word) { asm volatile("" : "+h"(reinterpret_cast<uint16_t&>(word))); }
+
 // 2^x to about two units in the last place; 0 for what is below the normal numbers.
 __device__ inline float exp2_fast(float x) {
   float y;

@@ -30,6 +30,9 @@ float2 unpacked(uint32_t pair) {
   return {to_float(T{static_cast<uint16_t>(pair)}), to_float(T{static_cast<uint16_t>(pair >> 16)})};
 }
 
+template <class T>
+void forget(T&) {}
+
 inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 
 struct MmaOperands {
