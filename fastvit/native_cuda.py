@@ -132,6 +132,10 @@ class Linear(Product):
 
 @dataclass(frozen=True)
 class NormMlp(Product):
+    @property
+    def backward_parts(self) -> dict[str, Any]:
+        return {**super().backward_parts, "norm_backward": self.native.layer_norm_backward}
+
     def why_not(self, x, *args: Any) -> str | None:
         return self._why_not(x)
 

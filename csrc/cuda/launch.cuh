@@ -2,10 +2,14 @@
 
 // Launching kernels from the host.
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <initializer_list>
+
+#include "cuda/dtype.h"
 
 namespace fastvit::cuda {
 
@@ -29,11 +33,25 @@ struct Grid {
   }
 };
 
-// Whether all of them begin at multiples of 16 bytes; those that are absent do.
-inline bool all_aligned(std::initializer_list<const void*> pointers) {
+// Elements of 16 bytes.
+template <class T>
+constexpr int kVector = 16 / sizeof(T);
+
+// Whether 16 bytes can be read at a time: of tensors, absent ones aside, that begin there and whose rows do.
+template <class T>
+bool is_aligned(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> strides) {
   uintptr_t bits = 0;
   for (const void* p : pointers) bits |= reinterpret_cast<uintptr_t>(p);
+  for (const int64_t stride : strides) bits |= static_cast<uintptr_t>(stride) * sizeof(T);
   return bits % 16 == 0;
+}
+
+// f(value of the type that holds the dtype).
+template <class F>
+const char* with_type(Dtype dtype, const F& f) {
+  if (dtype == Dtype::float32) return f(float{});
+  if (dtype == Dtype::float16) return f(__half{});
+  return f(__nv_bfloat16{});
 }
 
 // Null or CUDA's message.

@@ -28,21 +28,17 @@ const char* launch_rows(const LayerNorm& g, void* stream) {
                        2 * WARPS * sizeof(float), stream, g);
 }
 
-template <class T>
-const char* launch_dtype(const LayerNorm& g, void* stream) {
-  constexpr int VEC = 16 / sizeof(T);
-  const bool aligned = all_aligned({g.x, g.residual, g.layer_scale, g.weight, g.bias, g.y, g.z}) &&
-                       (g.x_stride | g.residual_stride | g.width) % VEC == 0;
-  return aligned ? launch_rows<T, VEC>(g, stream) : launch_rows<T, 1>(g, stream);
-}
-
 }  // namespace
 
 const char* launch_layer_norm(const LayerNorm& args, Dtype dtype, void* stream) {
   if (args.rows == 0 || args.width == 0) return nullptr;
-  if (dtype == Dtype::float32) return launch_dtype<float>(args, stream);
-  if (dtype == Dtype::float16) return launch_dtype<__half>(args, stream);
-  return launch_dtype<__nv_bfloat16>(args, stream);
+  return with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const bool aligned =
+        is_aligned<T>({args.x, args.residual, args.layer_scale, args.weight, args.bias, args.y, args.z},
+                      {args.x_stride, args.residual_stride, args.width});
+    return aligned ? launch_rows<T, kVector<T>>(args, stream) : launch_rows<T, 1>(args, stream);
+  });
 }
 
 }  // namespace fastvit::cuda

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(WARPS * 32) layer_norm_warp_kernel(const Layer
       z.packs[s] = pack_of<T>(v);
     }
     z.store(g.y, row * g.width, columns);
-    if (threadIdx.x % 32 == 0) {
+    if (g.mean && threadIdx.x % 32 == 0) {
       g.mean[row] = mean + shift;
       g.rstd[row] = rstd;
     }
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(WARPS * 32, 4) layer_norm_block_kernel(const L
       normalise(v, mean, shift, rstd, other, another);
       store<VEC>(y + column, v);
     }
-    if (threadIdx.x == 0) {
+    if (g.mean && threadIdx.x == 0) {
       g.mean[row] = mean + shift;
       g.rstd[row] = rstd;
     }

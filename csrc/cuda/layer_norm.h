@@ -17,7 +17,7 @@ struct LayerNorm {
   const void* bias = nullptr;
   void* y = nullptr;
   void* z = nullptr;
-  float* mean = nullptr;
+  float* mean = nullptr;  // of each row, as rstd, or null: they are for the backward
   float* rstd = nullptr;
   int64_t x_stride = 0, residual_stride = 0, rows = 0, width = 0, sample_rows = 1;
   float eps = 0;

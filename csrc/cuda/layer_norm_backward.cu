@@ -56,10 +56,9 @@ Plan plan_aligned(const LayerNormBackward& g) {
 
 template <class T>
 Plan plan(const LayerNormBackward& g) {
-  constexpr int VEC = 16 / sizeof(T);
-  const bool aligned = all_aligned({g.dy, g.dz, g.z, g.x, g.weight, g.layer_scale, g.d, g.dx}) &&
-                       (g.dy_stride | g.dz_stride | g.z_stride | g.x_stride | g.width) % VEC == 0;
-  return aligned ? plan_aligned<T, VEC>(g) : plan_aligned<T, 1>(g);
+  const bool aligned = is_aligned<T>({g.dy, g.dz, g.z, g.x, g.weight, g.layer_scale, g.d, g.dx},
+                                     {g.dy_stride, g.dz_stride, g.z_stride, g.x_stride, g.width});
+  return aligned ? plan_aligned<T, kVector<T>>(g) : plan_aligned<T, 1>(g);
 }
 
 template <class T>
@@ -79,16 +78,17 @@ const char* launch_dtype(LayerNormBackward g, void* stream) {
 }  // namespace
 
 int layer_norm_backward_blocks(const LayerNormBackward& args, Dtype dtype) {
-  if (dtype == Dtype::float32) return static_cast<int>(plan<float>(args).blocks);
-  if (dtype == Dtype::float16) return static_cast<int>(plan<__half>(args).blocks);
-  return static_cast<int>(plan<__nv_bfloat16>(args).blocks);
+  int64_t blocks = 0;
+  with_type(dtype, [&](auto type) -> const char* {
+    blocks = plan<decltype(type)>(args).blocks;
+    return nullptr;
+  });
+  return static_cast<int>(blocks);
 }
 
 const char* launch_layer_norm_backward(const LayerNormBackward& args, Dtype dtype, void* stream) {
   if (args.width == 0) return nullptr;
-  if (dtype == Dtype::float32) return launch_dtype<float>(args, stream);
-  if (dtype == Dtype::float16) return launch_dtype<__half>(args, stream);
-  return launch_dtype<__nv_bfloat16>(args, stream);
+  return with_type(dtype, [&](auto type) { return launch_dtype<decltype(type)>(args, stream); });
 }
 
 }  // namespace fastvit::cuda

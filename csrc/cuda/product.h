@@ -34,13 +34,7 @@ inline Tensor finish(const Tensor& h, Activation activation, const Factors& fact
   const Rows<void> residual_rows = rows<void>(residual, args.rows, args.width, h, op, "residual");
   args.residual = residual_rows.data;
   args.residual_stride = residual_rows.stride;
-  if (sample_scale) {
-    const int64_t samples = sample_scale->dim() == 1 ? sample_scale->size(0) : 0;
-    FASTVIT_CHECK(samples ? args.rows % samples == 0 : args.rows == 0, op,
-                  ": sample_scale must have a factor for each of the samples that the rows are divided into");
-    args.sample_scale = vector<void>(sample_scale, samples, h, op, "sample_scale");
-    args.sample_rows = samples ? args.rows / samples : 1;
-  }
+  set_sample_scale(args, sample_scale, args.rows, h, op);
   Tensor y = keep ? empty(h, {args.rows, args.width}) : h;
   args.h = h.const_data_ptr();
   args.y = y.mutable_data_ptr();
