@@ -176,15 +176,10 @@ __device__ void load_queries(uint32_t (&q)[M][E / 16][4], Tile<E> staging) {
     for (int e = 0; e < E / 16; e++) load_square(q[m][e], staging.from(16 * m), 16 * e);
 }
 
-// 16 M queries of a head from `first_row` on, by a warp, whose keys and values lie in shared memory.
+// 16 M queries of a head from `first_row` on, which are in the warp's staging rows.
 template <class T, int E, int M>
 __device__ void attend_unit(const Attention& g, const Sequence& sequence, Tile<E> k, Tile<E> v, Tile<E> staging,
                             int first_row) {
-  copy_rows(staging, head_of<T>(g.q, sequence), g.q.token, first_row, 16 * M, sequence.queries, g.head_dim,
-            threadIdx.x % 32, 32);
-  commit_copies();
-  wait_for_copies<0>();
-  __syncwarp();
   uint32_t q[M][E / 16][4];
   load_queries<T>(q, staging);
   Seen<E, M> seen;
@@ -208,7 +203,14 @@ __global__ void __launch_bounds__(kThreadsOf<kOneCopyRegisters<E>>, 1)
   const Tile<E> pairs{reinterpret_cast<uint4*>(shared_memory())};
   const Tile<E> staging = pairs.from(plan.heads * 2 * plan.stage_rows + warp * 16 * M);
   const int first_head = first_head_of_block(plan), first_unit = blockIdx.x * plan.units;
-  const int heads = min(plan.heads, g.sequences * g.heads - first_head);
+  const int heads = min(plan.heads, g.sequences * g.heads - first_head), units = heads * plan.units;
+  const auto request_queries = [&](int unit) {
+    if (unit >= units) return;
+    const Sequence sequence = sequence_of(g, first_head + unit / plan.units);
+    copy_rows(staging, head_of<T>(g.q, sequence), g.q.token, (first_unit + unit % plan.units) * 16 * M, 16 * M,
+              sequence.queries, g.head_dim, threadIdx.x % 32, 32);
+  };
+  request_queries(warp);
   for (int i = 0; i < heads; i++) {
     const Sequence sequence = sequence_of(g, first_head + i);
     copy_pair<T>(pairs.from(2 * i * plan.stage_rows), g.k, g.v, sequence, 0, plan.stage_rows, sequence.keys,
@@ -217,10 +219,16 @@ __global__ void __launch_bounds__(kThreadsOf<kOneCopyRegisters<E>>, 1)
   commit_copies();
   wait_for_copies<0>();
   __syncthreads();
-  for (int unit = warp; unit < heads * plan.units; unit += blockDim.x / 32) {
+  for (int unit = warp; unit < units; unit += blockDim.x / 32) {
     const Sequence sequence = sequence_of(g, first_head + unit / plan.units);
     const Tile<E> k = pairs.from(unit / plan.units * 2 * plan.stage_rows);
     const int first_row = (first_unit + unit % plan.units) * 16 * M, left = sequence.queries - first_row;
+    if (unit != warp) {  // the first ones came with the keys
+      request_queries(unit);
+      commit_copies();
+      wait_for_copies<0>();
+      __syncwarp();
+    }
     if (M > 1 && left > 0 && left <= 16) {
       attend_unit<T, E, 1>(g, sequence, k, k.from(plan.stage_rows), staging, first_row);
     } else if (left > 0) {
