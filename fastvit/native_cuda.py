@@ -66,7 +66,14 @@ class Launcher:
 def _aligned(t: Tensor) -> bool:
     """Whether heads begin at multiples of 16 bytes and lie there in one piece."""
     unit = 16 // t.element_size()
-    return t.stride(-1) == 1 and all(n % unit == 0 for n in (t.storage_offset(), *t.stride()[:-1]))
+    if t.stride(-1) != 1 or any(n % unit for n in t.stride()[:-1]):
+        return False
+    return torch.compiler.is_compiling() or t.storage_offset() % unit == 0  # torch.compile cannot ask for the latter
+
+
+def _aligned_or_copied(t: Tensor) -> Tensor:
+    """What a graph was compiled for may begin anywhere in its memory."""
+    return t if _aligned(t) else t.contiguous()
 
 
 @dataclass(frozen=True)
@@ -87,11 +94,11 @@ class Attention(Launcher):
         return self._why_not(q)
 
     def forward(self, q, k, v, mask, causal, scale, *options: Any) -> tuple[Tensor, Tensor]:
+        q, k, v = map(_aligned_or_copied, (q, k, v))
         return self.native.attention(q, k, v, mask, causal, scale, *options[-2:])
 
     def backward(self, dout, q, k, v, out, lse, dq, dk, dv, mask, causal, scale, *options: Any) -> tuple[None, ...]:
-        dout = dout if _aligned(dout) else dout.contiguous()
-        tensors = (dout, q, k, v, out, lse, dq, dk, dv)
+        tensors = (*map(_aligned_or_copied, (dout, q, k, v)), out, lse, dq, dk, dv)
         self.native.attention_backward(*tensors, mask, causal, scale, *options[-2:])
         return None, None, None, None
 

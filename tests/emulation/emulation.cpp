@@ -110,6 +110,7 @@ struct Machine {
   const std::function<void()>* kernel = nullptr;
   int current = 0, arrived = 0, turn = 0, vote = 0, alive = 0, block_vote = 0;
   size_t shared = 0;
+  bool copies_at_once = false;
   const char* error = nullptr;
 };
 
@@ -139,6 +140,8 @@ void entry() {
   Context::change(mine.context, machine.scheduler);
 }
 
+void arrive(const Copy& copy) { copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16); }
+
 bool ready(const Thread& t) { return !t.done && (!t.waiting || *t.waiting != t.seen); }
 
 // Lanes of a warp by turns, until none can go on.
@@ -164,6 +167,7 @@ void fill_shared() {
 void run_block(int threads) {
   machine.arrived = machine.turn = machine.vote = 0;
   machine.alive = threads;
+  machine.copies_at_once = order() % 2;
   fill_shared();
   for (int i = 0; i < threads; i++) {
     Thread& t = machine.threads[static_cast<size_t>(i)];
@@ -232,7 +236,8 @@ void check_shared(const void* p, size_t alignment, const char*) {
 }
 
 void copy_later(void* shared, const void* global) {
-  machine.threads[static_cast<size_t>(machine.current)].open.push_back({shared, global});
+  const Copy copy{shared, global};
+  machine.copies_at_once ? arrive(copy) : machine.threads[static_cast<size_t>(machine.current)].open.push_back(copy);
 }
 
 void commit_copies() {
@@ -244,8 +249,7 @@ void commit_copies() {
 void wait_for_copies(int pending) {
   Thread& mine = machine.threads[static_cast<size_t>(machine.current)];
   while (static_cast<int>(mine.committed.size()) > pending) {
-    for (const Copy& copy : mine.committed.front())
-      copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+    for (const Copy& copy : mine.committed.front()) arrive(copy);
     mine.committed.pop_front();
   }
 }
