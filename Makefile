@@ -32,7 +32,8 @@ lint: $(VENV)/.installed ## ruff, mypy, clang-format
 	$(py) -m ruff check .
 	$(py) -m ruff format --check .
 	$(py) -m mypy
-	@echo "clang-format on csrc" && PATH="$(VENV)/bin:$$PATH" clang-format --dry-run -Werror $(filter %.h %.cpp %.cuh %.cu,$(sources))
+	@echo "clang-format" && PATH="$(VENV)/bin:$$PATH" clang-format --dry-run -Werror \
+	  $(filter %.h %.cpp %.cuh %.cu,$(sources) $(wildcard tests/emulation/*.* tests/emulation/cuda/*))
 
 test: $(VENV)/.built ## every test (ARGS="-k attention" for some)
 	OMP_WAIT_POLICY=passive $(py) -m pytest $(spread) $(ARGS)

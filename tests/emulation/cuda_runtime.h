@@ -1,9 +1,9 @@
-// Runs device code on a CPU, one fiber per CUDA thread: a block at a time, a warp until all its lanes wait for the
-// block.
+// Runs device code on a CPU, one fiber per CUDA thread: a block at a time, a warp until all its lanes wait for others.
 //
-// Shared memory begins as NaN and has guards behind it; an asynchronous copy arrives when its thread waits for it and
-// no sooner; lanes that meet in different collectives, or wait for ever, are an error of the launch. What threads do
-// between barriers is not interleaved, but warps and lanes take turns in an order that changes from block to block.
+// Shared memory begins as NaN and has guards behind it. Asynchronous copies arrive at once in some blocks, in others
+// when their thread waits for them and no sooner. Lanes that meet in different collectives, or wait for ever, are an
+// error of the launch. What threads do between barriers is not interleaved, but warps and lanes take turns in changing
+// orders.
 #pragma once
 
 #include <cstddef>
