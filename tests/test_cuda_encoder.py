@@ -48,6 +48,11 @@ def test_options(cuda_place, activation, absent):
     check(cuda_place, torch.randn(2, 20, 64).to(BF16), blocks, 2, activation)
 
 
+def test_each_norm_has_its_eps(cuda_place):
+    blocks = [block(64, 128, BF16, seed)._replace(norm1_eps=2.0 + seed, norm2_eps=0.1) for seed in range(2)]
+    check(cuda_place, torch.randn(1, 10, 64).to(BF16), blocks, 2)
+
+
 def test_it_is_one_call(cuda_place, monkeypatch):
     """Not the ops one by one: no launcher but the encoder's is asked to run."""
     for op in ("attention", "layer_norm", "linear", "norm_mlp"):
