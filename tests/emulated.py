@@ -9,7 +9,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,10 +21,9 @@ import torch
 from fastvit import backends, native, native_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
-EMULATION = ROOT / "tests" / "emulation"
 CXX = shutil.which(os.environ.get("CXX", "c++"))
 LIBRARY = "fastvit_emulated"
-FLAGS = (*("-std=c++20", "-O2", "-fPIC", "-w", "-fno-math-errno", "-DTORCH_TARGET_VERSION=0x020a000000000000"),)
+FLAGS = ("-std=c++20", "-O2", "-fPIC", "-w", "-fno-math-errno", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 
 
 def why_not() -> str | None:
@@ -35,26 +33,26 @@ def why_not() -> str | None:
     return native.why_unavailable("cpu")  # it has the schemas
 
 
-def build(folder: Path, root: Path = ROOT) -> Path:
-    """The shared library made of root's sources, built once for what they say."""
-    sources = sorted([*(root / "csrc/cuda").glob("*.cpp"), *(root / "csrc/cuda").glob("*.cu")])
-    sources.append(root / "tests/emulation/emulation.cpp")
-    read = [
-        p for d in ("csrc/common", "csrc/cuda", "tests/emulation") for p in sorted((root / d).rglob("*")) if p.is_file()
-    ]
-    digest = hashlib.sha256(
-        b"".join(p.name.encode() + p.read_bytes() for p in read) + repr((FLAGS, torch.__version__)).encode()
-    )
+def build() -> Path:
+    """The shared library, built once for what the sources say."""
+    sources = [*sorted((ROOT / "csrc/cuda").glob("*.c*")), ROOT / "tests/emulation/emulation.cpp"]
+    sources = [source for source in sources if source.suffix in (".cpp", ".cu")]
+    folders = ("csrc/common", "csrc/cuda", "tests/emulation")
+    read = [path for name in folders for path in sorted((ROOT / name).rglob("*")) if path.is_file()]
+    digest = hashlib.sha256(repr((FLAGS, torch.__version__)).encode())
+    for path in read:
+        digest.update(path.name.encode() + path.read_bytes())
+    folder = ROOT / "build" / "emulation"
     library = folder / f"emulated-{digest.hexdigest()[:16]}.so"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of a test run share it
         if library.exists():
             return library
         for old in folder.glob("*.*o"):
             old.unlink()
         torch_root = Path(torch.__path__[0])
-        paths = [f"-I{p}" for p in (root / "tests/emulation", root / "csrc", torch_root / "include")]
+        paths = [f"-I{p}" for p in (ROOT / "tests/emulation", ROOT / "csrc", torch_root / "include")]
 
         def compile_one(source: Path) -> Path:
             target = folder / f"{source.name}.o"
@@ -78,7 +76,7 @@ def library() -> ctypes.CDLL:
         if name.startswith("fastvit_native::"):
             packet = getattr(torch.ops.fastvit_native, name.removeprefix("fastvit_native::"))
             definitions.define(str(packet.default._schema).removeprefix("fastvit_native::"))
-    loaded = ctypes.CDLL(str(build(ROOT / "build" / "emulation")))
+    loaded = ctypes.CDLL(str(build()))
     loaded.definitions = definitions  # the ops live as long as this object
     return loaded
 
@@ -105,7 +103,3 @@ def use(monkeypatch) -> None:
     for op, launcher in vars(launchers()).items():
         monkeypatch.setitem(backends._loaded, f"cuda.{op}", launcher)
     monkeypatch.setattr(backends, "why_unavailable", lambda name: None)
-
-
-if __name__ == "__main__":
-    print(build(ROOT / "build" / "emulation"), file=sys.stderr)
