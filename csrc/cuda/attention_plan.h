@@ -43,7 +43,7 @@ inline AttentionPlan plan_attention(const AttentionShape& shape, int shared_limi
   const int padded = static_cast<int>(divided_up(std::max(shape.other, 1), 16) * 16);
   const int units = static_cast<int>(divided_up(shape.own, shape.rows));
   // Two blocks of a multiprocessor must have their pairs there: one computes while the other one waits for memory.
-  const bool resident = shape.stays && padded * pair_bytes + kMaxWarps * staging <= shared_limit / 2;
+  const bool resident = shape.stays && padded * pair_bytes + kMinWarps * staging <= shared_limit / 2;
   plan.stage_rows = resident ? padded : kStageRows;
   plan.streams = !resident;
   plan.stages = resident ? 1 : static_cast<int>(divided_up(padded, kStageRows));
