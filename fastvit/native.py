@@ -32,7 +32,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
 # Where the weights of linear layers are among an op's arguments: the CPU kernels take them packed as well.
 _WEIGHTS: dict[str, tuple[int, ...]] = {"linear": (1,), "norm_mlp": (3, 5), "patch_embed": (1,)}
 
-# What loading the extension said: absent = not tried, empty = loaded.
+# What loading the extension said, and looking for a GPU: absent = not tried, empty = there.
 _failure: dict[str, str] = {}
 
 
@@ -75,9 +75,11 @@ def _why_unavailable(device_type: str) -> str:
     failure = _load()
     if failure or device_type == "cpu":
         return failure
-    if not build_info()["cuda_architectures"]:
-        return "the extension fastvit._C was built without CUDA (FASTVIT_BUILD=cuda)"
-    return "" if torch.cuda.is_available() else "there is no CUDA device"
+    if "cuda" not in _failure:  # asked in every call
+        built = build_info()["cuda_architectures"]
+        missing = "" if torch.cuda.is_available() else "there is no CUDA device"
+        _failure["cuda"] = missing if built else "the extension fastvit._C was built without CUDA (FASTVIT_BUILD=cuda)"
+    return _failure["cuda"]
 
 
 def why_unavailable(device_type: str) -> str | None:

@@ -14,10 +14,20 @@ MAX_HEAD_DIM = 128
 MAX_CHANNELS = 16
 
 
+# What each device was found to be: asked in every call.
+_reasons: dict[int, str] = {}
+
+
 @constant
 def _why_not_device(index: int) -> str:
     """Why the compiled kernels do not run on a device, in one sentence; empty if they do."""
-    major, minor = torch.cuda.get_device_capability(index)
+    if index not in _reasons:
+        _reasons[index] = _judge(torch.cuda.get_device_capability(index))
+    return _reasons[index]
+
+
+def _judge(capability: tuple[int, int]) -> str:
+    major, minor = capability
     if major < 8:
         return f"cuda kernels need compute capability 8.0 or newer, this device has {major}.{minor}"
     built = native.build_info()["cuda_architectures"]

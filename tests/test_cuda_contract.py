@@ -87,9 +87,6 @@ def test_which_code_runs_on_which_chip(code, runs_on, not_on):
 def test_old_and_unknown_devices_are_refused_in_a_sentence(monkeypatch):
     built = {"cuda_architectures": ["sm_90a"]}
     monkeypatch.setattr(native_cuda.native, "build_info", lambda: built)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert "need compute capability 8.0 or newer, this device has 7.5" in native_cuda._why_not_device(0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (10, 0))
-    assert "built for sm_90a, not for compute capability 10.0" in native_cuda._why_not_device(0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    assert native_cuda._why_not_device(0) == ""
+    assert "need compute capability 8.0 or newer, this device has 7.5" in native_cuda._judge((7, 5))
+    assert "built for sm_90a, not for compute capability 10.0" in native_cuda._judge((10, 0))
+    assert native_cuda._judge((9, 0)) == ""
