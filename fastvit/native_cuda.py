@@ -49,17 +49,17 @@ def _runs_on(code: str, capability: int) -> bool:
 class Launcher:
     """One op. ``why_not`` looks at metadata only and answers a sentence or None; ``forward`` runs the kernel.
 
-    ``library`` and ``device_type`` say where the compiled ops are: tests run them emulated, on CPU tensors.
+    ``namespace`` and ``device_type`` say where the compiled ops are: tests run them emulated, on CPU tensors.
     """
 
     op: str
     dtypes: tuple[torch.dtype, ...]
-    library: str = "fastvit_native"
+    namespace: str = "fastvit_native"
     device_type: str = "cuda"
 
     @property
     def native(self) -> Any:
-        return getattr(torch.ops, self.library)
+        return getattr(torch.ops, self.namespace)
 
     def _why_not(self, x: Tensor) -> str | None:
         """What every op asks of the tensor that says where and in what dtype to compute."""
@@ -194,10 +194,10 @@ class Encoder(Launcher):
         return self.native.encoder(x.contiguous(), tensors, eps, num_heads, scale, activation)
 
 
-def launchers(library: str = "fastvit_native", device_type: str = "cuda") -> SimpleNamespace:
+def launchers(namespace: str = "fastvit_native", device_type: str = "cuda") -> SimpleNamespace:
     """One launcher per op."""
     low, all_three = (torch.float16, torch.bfloat16), (torch.float32, torch.float16, torch.bfloat16)
-    where = {"library": library, "device_type": device_type}
+    where = {"namespace": namespace, "device_type": device_type}
     return SimpleNamespace(
         attention=Attention("attention", low, **where),
         encoder=Encoder("encoder", low, **where),

@@ -17,12 +17,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch.library import Library
 
 from fastvit import backends, native, native_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 CXX = shutil.which(os.environ.get("CXX", "c++"))
-LIBRARY = "fastvit_emulated"
+NAMESPACE = "fastvit_emulated"
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-w", "-fno-math-errno", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 
 
@@ -71,7 +72,7 @@ def build() -> Path:
 def library() -> ctypes.CDLL:
     """The loaded library; its ops are defined as those of the extension are."""
     native._require()
-    definitions = torch.library.Library(LIBRARY, "DEF")
+    definitions = Library(NAMESPACE, "DEF")
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("fastvit_native::"):
             packet = getattr(torch.ops.fastvit_native, name.removeprefix("fastvit_native::"))
@@ -95,11 +96,12 @@ def device(processors: int = 132, shared: int = 227 * 1024) -> Iterator[None]:
 def launchers() -> SimpleNamespace:
     """The cuda backend's launchers on CPU tensors."""
     library()
-    return native_cuda.launchers(LIBRARY, "cpu")
+    return native_cuda.launchers(NAMESPACE, "cpu")
 
 
 def use(monkeypatch) -> None:
     """Let ``backend("cuda")`` mean the emulated kernels."""
     for op, launcher in vars(launchers()).items():
         monkeypatch.setitem(backends._loaded, f"cuda.{op}", launcher)
-    monkeypatch.setattr(backends, "why_unavailable", lambda name: None)
+    missing = backends.why_unavailable
+    monkeypatch.setattr(backends, "why_unavailable", lambda name: None if name == "cuda" else missing(name))

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from calls import CALLS, PUBLIC, Call
+from torch.library import opcheck
 
 import fastvit
 from fastvit import native_cuda
@@ -31,7 +32,7 @@ def test_opcheck(cuda_place, name):
         call.run(tensors)
     (args,) = seen
     again = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
-    assert set(torch.library.opcheck(operator, tuple(again)).values()) == {"SUCCESS"}
+    assert set(opcheck(operator, tuple(again)).values()) == {"SUCCESS"}
 
 
 @each_op

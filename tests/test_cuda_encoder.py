@@ -84,6 +84,23 @@ def test_refusals(cuda_place):
     assert reason(x.half()) is None
 
 
+def test_a_direct_call_cannot_leave_its_tensors(cuda_place):
+    x = torch.randn(1, 5, 64, dtype=BF16, device=cuda_place.device)
+    good = [x.new_empty(0) if t is None else t.to(x.device) for t in block(64, 128, BF16)[:14]]
+    native = fastvit.backends.implementation("encoder", "cuda").native
+    assert native.encoder(x, good, [1e-6, 1e-6], 2, 0.2, "gelu").shape == x.shape
+    wrong = {2: ("qkv_weight must have 192 rows", 3), 4: ("proj_weight must have 64 rows", 2)}
+    wrong |= {11: ("fc2_weight must have 64 rows", 2), 0: ("norm_weight must have shape", 2)}
+    for place, (message, share) in wrong.items():
+        bad = [t[: len(t) // share].contiguous() if i == place else t for i, t in enumerate(good)]
+        with pytest.raises(RuntimeError, match=message):
+            native.encoder(x, bad, [1e-6, 1e-6], 2, 0.2, "gelu")
+    with pytest.raises(RuntimeError, match="must have dtype"):
+        native.encoder(x, [t.half() if i == 2 else t for i, t in enumerate(good)], [1e-6, 1e-6], 2, 0.2, "gelu")
+    with pytest.raises(RuntimeError, match="14 parameters and 2 eps"):
+        native.encoder(x, good[:13], [1e-6, 1e-6], 2, 0.2, "gelu")
+
+
 def small(**options) -> fastvit.VisionTransformer:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 3, "num_classes": 5}
     return randomize(fastvit.VisionTransformer(**sizes, init_values=0.5, **options))

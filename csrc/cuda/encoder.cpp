@@ -16,6 +16,13 @@ constexpr size_t kPerBlock = 14;
 
 OptionalTensor optional(const Tensor& t) { return t.numel() == 0 ? std::nullopt : OptionalTensor(t); }
 
+// x Wᵀ + b, of so many columns.
+Tensor projected(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t columns, const char* name) {
+  FASTVIT_CHECK(weight.dim() == 2 && weight.size(0) == columns, kOp, ": ", name, " must have ", columns, " rows");
+  check_like(weight, x, x.scalar_type(), kOp, name);
+  return cuda::product(x, weight, optional(bias));
+}
+
 // The tokens of a call, and where its kernels go.
 struct Pass {
   int64_t batch, tokens, width;
@@ -95,12 +102,12 @@ Tensor encoder_cuda(const Tensor& x, std::vector<Tensor> parameters, std::vector
   for (size_t b = 0; b < depth; b++) {
     const Tensor* p = parameters.data() + b * kPerBlock;
     Tensor y = pass.normalised(z, b ? &branch : nullptr, factor, true, p[0], p[1], eps[2 * b]);
-    y = pass.attended(cuda::product(y, p[2], optional(p[3])));
-    branch = cuda::product(y, p[4], optional(p[5]));
+    y = pass.attended(projected(y, p[2], p[3], 3 * width, "qkv_weight"));
+    branch = projected(y, p[4], p[5], width, "proj_weight");
     y = pass.normalised(z, &branch, optional(p[6]), b > 0, p[7], p[8], eps[2 * b + 1]);
     y = cuda::product(y, p[9], optional(p[10]));
     y = cuda::finish(y, parsed, {}, false, dtype, stream, kOp);
-    branch = cuda::product(y, p[11], optional(p[12]));
+    branch = projected(y, p[11], p[12], width, "fc2_weight");
     factor = optional(p[13]);
   }
   const Tensor sum = cuda::finish(branch, Activation::none, {factor, std::nullopt, z}, false, dtype, stream, kOp);
