@@ -17,6 +17,7 @@ from torch import nn
 from . import backends, layers, ops, prepack
 from .fused import BLOCK_OPS, INT8, KNOWN, MARK, has_hooks
 from .integrations import ADAPTERS, Options, Plan
+from .parts import PARTS
 from .release import give_back, is_released, release
 from .settings import SETTINGS
 
@@ -153,6 +154,8 @@ def accelerate(
         called = partial(_call, found.forward) if found.whole else found.forward
         module.__dict__["forward"] = partial(called, module)
         module.__dict__[MARK] = found.ops
+        if found.parts is not None:
+            module.__dict__[PARTS] = found.parts
     if release_original:
         release(model)
     return model
@@ -171,7 +174,7 @@ def restore(model: Model) -> Model:
     for module in model.modules():
         if module.__dict__.pop(MARK, None) is not None:
             del module.__dict__["forward"]
-        for name in (INT8, KNOWN):
+        for name in (PARTS, INT8, KNOWN):
             module.__dict__.pop(name, None)
     prepack.forget(model.parameters())
     return model
@@ -184,7 +187,7 @@ def accelerated(model: Model, **options: bool) -> Iterator[Model]:
     Takes :func:`accelerate`'s options. A model that was accelerated before is so again behind the block.
     """
     _check_model("accelerated", model)
-    bound = ("forward", MARK, INT8)
+    bound = ("forward", MARK, PARTS, INT8)
     before = [
         (m, {name: m.__dict__[name] for name in bound if name in m.__dict__})
         for m in model.modules()

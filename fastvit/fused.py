@@ -1,15 +1,14 @@
-"""What a module of a Vision Transformer computes, as calls of the ops: forwards that read their module's attributes.
+"""What the modules of a Vision Transformer compute, as calls of the ops, from the parts that they are made of."""
 
-They read nothing but attributes that timm's modules have as well, so that the integrations can bind them to those.
-"""
-
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, prepack
 from .ops.encoder import TENSORS, run_encoder
+from .parts import AttentionParts, BlockParts, LinearParts, MlpParts, one_or_all, parts_of
 from .watch import Watch
 
 # where accelerate leaves the names of the ops that a module's fused forward calls
@@ -18,23 +17,12 @@ MARK = "_fastvit_ops"
 INT8 = "_fastvit_int8"
 # where a forward leaves, on the owner of blocks, what it read there
 KNOWN = "_fastvit_known"
-LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 BLOCK_OPS = ("encoder", "layer_norm", "linear", "attention", "norm_mlp")
+# linear layers of a block: the projection to queries, keys and values, attention's own, fc1, fc2
+LINEARS = 4
 
-
-def activation_name(module: nn.Module) -> str | None:
-    """The ops' name of an activation module (torch's, timm's or ours), or None when the ops have no such activation."""
-    if isinstance(module, nn.GELU):
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}.get(type(module).__name__)
-
-
-def activation_of(mlp: Any) -> str:
-    """The ops' name of an MLP's activation; TypeError when they have none."""
-    name = activation_name(mlp.act)
-    if name is None:  # one that was put there after accelerate had looked
-        raise TypeError(f"fastvit: activation {type(mlp.act).__name__} has no fused form; expected a GELU")
-    return name
+# queries and keys (B, H, N, E) to what their positions turn them to
+Rotation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def active(dropout: nn.Module) -> bool:
@@ -50,8 +38,8 @@ def _drop_path_rate(drop_path: Any) -> float | None:
     return drop_path.drop_prob if plain and drop_path.drop_prob < 1.0 else None
 
 
-def _norm_args(norm: Any) -> tuple[Tensor | None, Tensor | None, float] | None:
-    return None if isinstance(norm, nn.Identity) else (norm.weight, norm.bias, norm.eps)
+# module of a forward hook's function -> whether it does nothing now; a library's adapter knows
+IDLE_HOOKS: dict[str, Callable[[], bool]] = {}
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -65,7 +53,7 @@ def has_hooks(module: nn.Module) -> bool:
 def _child_has_hooks(module: nn.Module) -> bool:
     for child in module._modules.values():  # runs in every forward: Module.modules() takes five times as long
         if child is not None and (
-            child._forward_hooks
+            (child._forward_hooks and not idle(child._forward_hooks))
             or child._forward_pre_hooks
             or child._backward_hooks
             or child._backward_pre_hooks
@@ -75,22 +63,68 @@ def _child_has_hooks(module: nn.Module) -> bool:
     return False
 
 
-def attend(attn: Any, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """What an attention module computes between its projections, (B, N, 3·D) to (B, N, D)."""
-    return ops.attention_packed(
-        qkv,
-        attn.num_heads,
-        q_norm=_norm_args(attn.q_norm),
-        k_norm=_norm_args(attn.k_norm),
-        mask=attn_mask,
-        causal=is_causal,
-        scale=attn.scale,
-        dropout=attn.attn_drop.p if attn.training else 0.0,
-    )
+def idle(hooks: dict[int, Any]) -> bool:
+    """Whether none of these hooks does anything now."""
+    known = [IDLE_HOOKS.get(getattr(hook, "__module__", "")) for hook in hooks.values()]
+    return all(idles is not None and idles() for idles in known)
+
+
+def projected(parts: AttentionParts, x: Tensor) -> Tensor:
+    """Queries, keys and values (B, N, 3·H·E) of tokens (B, N, D)."""
+    return ops.linear(x, _whole(one_or_all(parts.qkv_weights)), _whole(one_or_all(parts.qkv_biases)))
+
+
+def _whole(tensors: Any) -> Any:
+    return prepack.joined(tensors) if isinstance(tensors, tuple) else tensors
+
+
+def attend(
+    parts: AttentionParts,
+    qkv: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    rotate: Rotation | None = None,
+) -> Tensor:
+    """What an attention module computes between its projections, (B, N, 3·H·E) to (B, N, H·E)."""
+    options: dict[str, Any] = {
+        "mask": attn_mask,
+        "causal": is_causal,
+        "scale": parts.scale,
+        "dropout": parts.dropout,
+    }
+    if rotate is None:
+        return ops.attention_packed(qkv, parts.num_heads, q_norm=parts.q_norm, k_norm=parts.k_norm, **options)
+    q, k, v = heads(parts, qkv, rotate)
+    return ops.attention(q, k, v, **options).transpose(1, 2).flatten(2)
+
+
+def heads(parts: AttentionParts, qkv: Tensor, rotate: Rotation | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, H, N, E) as the scores take them: normalised, and turned by their positions."""
+    q, k, v = qkv.unflatten(-1, (3, parts.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k = (t if norm is None else ops.layer_norm(t, *norm) for t, norm in ((q, parts.q_norm), (k, parts.k_norm)))
+    return (q, k, v) if rotate is None else (*rotate(q, k), v)
+
+
+def fused_attention(
+    parts: AttentionParts,
+    x: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    rotate: Rotation | None = None,
+) -> Tensor:
+    """An attention module, (B, N, D) to (B, N, D), its children's forwards skipped but for the last dropout's."""
+    y = attend(parts, projected(parts, x), attn_mask, is_causal, rotate)
+    return parts.proj_drop(ops.linear(y, *parts.proj))
+
+
+def fused_mlp(parts: MlpParts, x: Tensor) -> Tensor:
+    """An MLP, (..., D) to (..., D), its children's forwards skipped but for the dropouts'."""
+    hidden = parts.hidden_drop(ops.linear(x, *parts.fc1, activation=parts.activation))
+    return parts.drop(ops.linear(hidden, *parts.fc2))
 
 
 def fused_blocks(blocks: Any, x: Tensor) -> Tensor:
-    """A sequence of blocks (ours or timm's) in one op where a backend has one for them all, else block by block."""
+    """A sequence of blocks in one op where a backend has one for them all, else block by block."""
     y = _run_encoder(blocks, list(blocks), x)
     if y is None:
         for block in blocks:
@@ -99,9 +133,9 @@ def fused_blocks(blocks: Any, x: Tensor) -> Tensor:
 
 
 class _Arguments(NamedTuple):
-    """What the encoder takes beside the tokens."""
+    """What the encoder takes beside the tokens; several tensors in a tuple stand for one (see ``BlockParts``)."""
 
-    parameters: list[Tensor | None]
+    parameters: list[Any]
     eps: list[float]
     num_heads: int
     scale: float
@@ -109,18 +143,26 @@ class _Arguments(NamedTuple):
     int8: list[bool]
 
 
+# names of plain attributes that readers of parts read
+_PLAIN = ("num_heads", "num_attention_heads", "scale", "scaling", "eps", "approximate")
+
+
 class _Known:
     """What the blocks of one owner were when they were read last; copies and pickles of the owner have None instead."""
 
     def __init__(self, owner: nn.Module, blocks: list[Any], read: _Arguments) -> None:
         self._marks, self._rest = _marks(blocks), read[1:]
-        attributes = [(block.attn, name) for block in blocks for name in ("num_heads", "scale")]
-        attributes += [(norm, "eps") for block in blocks for norm in (block.norm1, block.norm2)]
-        attributes += [(block.mlp.act, "approximate") for block in blocks]
-        self._watch = Watch(owner, attributes)
+        inside = [module for block in blocks for module in block.modules()]
+        self._watch = Watch(owner, [(module, name) for module in inside for name in _PLAIN if name in module.__dict__])
         places = {id(parameter): i for i, parameter in enumerate(self._watch.parameters() or ())}
         places[id(None)] = -1
-        self._order = [places.get(id(parameter)) for parameter in read.parameters]
+        self._order: list[Any] = []
+        for given in read.parameters:
+            found = [places.get(id(t)) for t in (given if isinstance(given, tuple) else (given,))]
+            if None in found:  # not a parameter of these blocks
+                self._order = [None]
+                break
+            self._order.append(found if isinstance(given, tuple) else found[0])
 
     def __reduce__(self) -> tuple:
         return type(None), ()
@@ -128,10 +170,11 @@ class _Known:
     def arguments(self, blocks: list[Any]) -> _Arguments | None:
         """The same arguments with today's parameters, or None when the blocks must be read again."""
         found = self._watch.parameters() if None not in self._order and _marks(blocks) == self._marks else None
-        if found is None or self._watch.hooked():
+        if found is None or self._watch.hooked(idle):
             return None
         found.append(None)
-        return _Arguments([found[i] for i in self._order], *self._rest)  # type: ignore[index]
+        parameters = [found[i] if type(i) is int else tuple(found[j] for j in i) for i in self._order]
+        return _Arguments(parameters, *self._rest)
 
 
 def _marks(blocks: list[Any]) -> list[tuple]:
@@ -151,36 +194,34 @@ def _run_encoder(owner: nn.Module, blocks: list[Any], x: Tensor) -> Tensor | Non
             return None
         if not (compiling or any(block.training for block in blocks)):
             owner.__dict__[KNOWN] = _Known(owner, blocks, arguments)
-    for weight in arguments.parameters[2::TENSORS]:
-        if weight is None or weight.shape[1] != x.shape[-1] or weight.dtype != x.dtype:
+    parameters = arguments.parameters
+    for weight in parameters[2::TENSORS]:
+        first = weight[0] if type(weight) is tuple else weight
+        if first is None or first.shape[1] != x.shape[-1] or first.dtype != x.dtype:
             return None
-    return run_encoder(x, *arguments)
+    return run_encoder(x, [_whole(given) for given in parameters], *arguments[1:])
 
 
 def _read(blocks: list[Any]) -> _Arguments | None:
     """What blocks compute with, or None where the encoder's kernels cannot run them all at once."""
-    if not _plain(blocks[0]):
-        return None
-    first = blocks[0].attn
-    heads, scale, activation = first.num_heads, first.scale, activation_of(blocks[0].mlp)
-    parameters: list[Tensor | None] = []
+    parameters: list[Any] = []
     eps: list[float] = []
     int8: list[bool] = []
+    shared = None
     for block in blocks:
-        if not _plain(block):
+        parts = parts_of(block) if is_fused_block(block) else None
+        if parts is None or not _plain(block, parts):
             return None
-        attn, mlp, norm1, norm2 = block.attn, block.mlp, block.norm1, block.norm2
-        qkv, proj, fc1, fc2 = linears(block)
-        if (attn.num_heads, attn.scale, activation_of(mlp)) != (heads, scale, activation):
+        its = parts.attention.num_heads, parts.attention.scale, parts.mlp.activation
+        if its != (shared or its):
             return None
-        gamma1, gamma2 = _gamma(block.ls1), _gamma(block.ls2)
-        parameters += (norm1.weight, norm1.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma1)
-        parameters += (norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma2)
-        eps += (norm1.eps, norm2.eps)
+        shared = its
+        parameters += parts.tensors()
+        eps += (parts.norm1[2], parts.norm2[2])
         int8 += block.__dict__.get(INT8, ())
-    if len(int8) not in (0, 4 * len(blocks)):  # blocks that are quantised beside blocks that are not
+    if shared is None or len(int8) not in (0, LINEARS * len(blocks)):  # quantised blocks beside others
         return None
-    return _Arguments(parameters, eps, heads, scale, activation, int8)
+    return _Arguments(parameters, eps, *shared, int8)
 
 
 def is_fused_block(module: Any) -> bool:
@@ -188,78 +229,73 @@ def is_fused_block(module: Any) -> bool:
     return BLOCK_OPS in (module.__dict__.get(MARK), type(module).__dict__.get(MARK))
 
 
-def linears(block: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
-    """A block's linear layers, those of LINEARS."""
-    return block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
+def encodable(parts: BlockParts) -> bool:
+    """Whether the encoder's kernels can run a block at inference, by what it is made of."""
+    attention = parts.attention
+    (height, width), proj = attention.qkv_weights[0].shape, attention.proj.weight
+    square = height * len(attention.qkv_weights) == 3 * width and proj.shape == (width, width)
+    return square and attention.q_norm is None and attention.k_norm is None
 
 
-def encodable(block: Any) -> bool:
-    """Whether a block is one that the encoder's kernels can run at inference, by what it is made of."""
-    if not is_fused_block(block):
-        return False
-    attn, (height, width) = block.attn, block.attn.qkv.weight.shape
-    plain = isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity)
-    return plain and height == 3 * width and attn.proj.weight.shape == (width, width)
-
-
-def _plain(block: Any) -> bool:
+def _plain(block: Any, parts: BlockParts) -> bool:
     """Whether a block computes no more than the encoder's kernels now."""
-    if not encodable(block):
+    if not encodable(parts):
         return False
     if not block.training:
         return True
-    attn, mlp = block.attn, block.mlp
-    dropouts = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2, block.drop_path1, block.drop_path2)
-    return not any(map(active, dropouts))
+    attention, mlp = parts.attention, parts.mlp
+    dropouts = (attention.proj_drop, mlp.hidden_drop, mlp.drop, parts.drop_path1, parts.drop_path2)
+    return attention.dropout == 0.0 and not any(map(active, dropouts))
 
 
-def fused_block(block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """A block (ours or timm's) in a handful of ops, its children's parameters read and their forwards skipped."""
-    y = None if is_causal or attn_mask is not None else _run_encoder(block, [block], x)
+def fused_block(
+    block: Any,
+    x: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    rotate: Rotation | None = None,
+) -> Tensor:
+    """A pre-norm block in a handful of ops, its children's parameters read and their forwards skipped."""
+    y = None if is_causal or attn_mask is not None or rotate is not None else _run_encoder(block, [block], x)
     if y is not None:
         return y
-    attn = block.attn
-    normalised = ops.layer_norm(x, block.norm1.weight, block.norm1.bias, block.norm1.eps)
-    heads = attend(attn, ops.linear(normalised, attn.qkv.weight, attn.qkv.bias), attn_mask, is_causal)
-    x = _add_branch(x, heads, attn.proj, attn.proj_drop, block.ls1, block.drop_path1)
-    return _add_mlp(x, block.norm2, block.mlp, block.ls2, block.drop_path2)
-
-
-def _gamma(layer_scale: Any) -> Tensor | None:
-    return None if isinstance(layer_scale, nn.Identity) else layer_scale.gamma
+    parts = parts_of(block)
+    qkv = projected(parts.attention, ops.layer_norm(x, *parts.norm1))
+    h = attend(parts.attention, qkv, attn_mask, is_causal, rotate)
+    attention = parts.attention
+    x = _add_branch(x, h, attention.proj, attention.proj_drop, parts.layer_scale1, parts.drop_path1)
+    return _add_mlp(x, parts)
 
 
 def _add_branch(
-    x: Tensor, h: Tensor, linear: nn.Linear, dropout: nn.Module, layer_scale: nn.Module, drop_path: nn.Module
+    x: Tensor, h: Tensor, linear: LinearParts, dropout: nn.Module, gamma: Tensor | None, drop_path: nn.Module
 ) -> Tensor:
-    """x + drop_path(layer_scale(dropout(linear(h)))), in one op when the dropout is inactive."""
+    """x + drop_path(γ · dropout(linear(h))), in one op when the dropout is inactive."""
     if active(dropout):
-        return x + drop_path(layer_scale(dropout(ops.linear(h, linear.weight, linear.bias))))
-    rate, gamma = _drop_path_rate(drop_path), _gamma(layer_scale)
+        y = dropout(ops.linear(h, *linear))
+        return x + drop_path(y if gamma is None else y * gamma)
+    rate = _drop_path_rate(drop_path)
     if rate is None:
-        return x + drop_path(ops.linear(h, linear.weight, linear.bias, layer_scale=gamma))
-    return ops.linear(h, linear.weight, linear.bias, layer_scale=gamma, residual=x, drop_path=rate)
+        return x + drop_path(ops.linear(h, *linear, layer_scale=gamma))
+    return ops.linear(h, *linear, layer_scale=gamma, residual=x, drop_path=rate)
 
 
-def _add_mlp(x: Tensor, norm: nn.LayerNorm, mlp: Any, layer_scale: nn.Module, drop_path: nn.Module) -> Tensor:
-    """x + drop_path(layer_scale(mlp(norm(x)))), in one op when no dropout is active."""
-    activation = activation_of(mlp)
-    if active(mlp.drop1) or active(mlp.drop2):
-        normalised = ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
-        hidden = ops.linear(normalised, mlp.fc1.weight, mlp.fc1.bias, activation=activation)
-        return _add_branch(x, mlp.drop1(hidden), mlp.fc2, mlp.drop2, layer_scale, drop_path)
+def _add_mlp(x: Tensor, parts: BlockParts) -> Tensor:
+    """x + drop_path(γ · mlp(norm(x))), in one op when no dropout is active."""
+    mlp, (weight, bias, eps), gamma, drop_path = parts.mlp, parts.norm2, parts.layer_scale2, parts.drop_path2
+    if active(mlp.hidden_drop) or active(mlp.drop):
+        hidden = ops.linear(ops.layer_norm(x, weight, bias, eps), *mlp.fc1, activation=mlp.activation)
+        return _add_branch(x, mlp.hidden_drop(hidden), mlp.fc2, mlp.drop, gamma, drop_path)
     rate = _drop_path_rate(drop_path)
     y = ops.norm_mlp(
         x,
-        norm.weight,
-        norm.bias,
-        mlp.fc1.weight,
-        mlp.fc1.bias,
-        mlp.fc2.weight,
-        mlp.fc2.bias,
-        norm.eps,
-        activation=activation,
-        layer_scale=_gamma(layer_scale),
+        weight,
+        bias,
+        *mlp.fc1,
+        *mlp.fc2,
+        eps,
+        activation=mlp.activation,
+        layer_scale=gamma,
         residual=rate is not None,
         drop_path=rate or 0.0,
     )

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import Size, pair
-from .fused import BLOCK_OPS, activation_of, active, attend, fused_block, has_hooks
+from .fused import BLOCK_OPS, active, attend, fused_block, has_hooks
+from .parts import activation_of, attention_parts, block_parts
 from .resample import resample_patch_weight
 
 
@@ -171,7 +172,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        return self.proj_drop(self.proj(attend(self, self.qkv(x), attn_mask, is_causal)))
+        return self.proj_drop(self.proj(attend(attention_parts(self), self.qkv(x), attn_mask, is_causal)))
 
 
 class Mlp(nn.Module):
@@ -197,7 +198,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if has_hooks(self):
             return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
-        hidden = ops.linear(x, self.fc1.weight, self.fc1.bias, activation=activation_of(self))
+        hidden = ops.linear(x, self.fc1.weight, self.fc1.bias, activation=activation_of(self.act))
         return self.drop2(ops.linear(self.drop1(hidden), self.fc2.weight, self.fc2.bias))
 
 
@@ -205,6 +206,7 @@ class Block(nn.Module):
     """Pre-norm encoder block: x + MSA(LN(x)), then x + MLP(LN(x)) (paper, equations 2 and 3)."""
 
     _fastvit_ops = BLOCK_OPS
+    _fastvit_parts = staticmethod(block_parts)
 
     def __init__(
         self,

@@ -225,6 +225,34 @@ def _share(entry: _Packed, tensor: Tensor) -> None:
         _by_content[content] = entry
 
 
+# first of several tensors -> (their ids, their state, all of them in one)
+_joined: Any = WeakIdKeyDictionary()
+
+
+def joined(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Weights or biases of queries, keys and values one below the other, zeros for None; the first must be there.
+
+    For inference on a CPU they are kept, and made again when one of them changes.
+    """
+    present, first = [t for t in tensors if t is not None], tensors[0]
+    assert first is not None
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in present)
+    if traced or differentiable or first.device.type != "cpu" or not hasattr(torch.ops.fastvit_native, "fingerprint"):
+        return _concatenated(tensors, first)
+    key = ([*map(id, tensors)], state(present))
+    known = _joined.get(first)
+    if known is None or known[0] != key:
+        with _lock, torch.inference_mode(False), torch.no_grad():
+            made = nn.Parameter(_concatenated(tensors, first), requires_grad=False)
+            known = _joined[first] = (key, made)
+    return known[1]
+
+
+def _concatenated(tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    return torch.cat([like.new_zeros(like.shape) if t is None else t for t in tensors])
+
+
 # where a block's parameters hold the weights of linear layers; the others are vectors
 _LINEAR = (2, 4, 9, 11)
 _PER_BLOCK = 14
@@ -267,14 +295,17 @@ def _pack_all(parameters: Sequence[Tensor | None], compute: str, int8: Sequence[
 def forget(tensors: Iterable[Tensor]) -> None:
     """Drop the copies of these parameters."""
     for tensor in tensors:
-        _packed.pop(tensor, None)
-        _encoders.pop(tensor, None)
+        for copies in (_packed, _encoders, _joined):
+            copies.pop(tensor, None)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Bytes that the copies of these parameters take, each counted once."""
     tensors = list(tensors)
-    kept = {id(copy): copy for t in tensors if (entry := _packed.get(t)) for copy in entry.copies.values()}
+    together = [_joined[t][1] for t in tensors if t in _joined]
+    tensors += together
+    kept = {id(t): t for t in together}
+    kept |= {id(copy): copy for t in tensors if (entry := _packed.get(t)) for copy in entry.copies.values()}
     kept |= {id(t.packed): t.packed for t in tensors if isinstance(t, Released)}
     return sum(copy.untyped_storage().nbytes() for copy in kept.values())
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import backends, prepack
 from .fused import INT8, LINEARS, is_fused_block
+from .parts import linear_places
 from .release import check_exact, release
 
 _NOISE_IMAGES = 2
@@ -103,16 +104,17 @@ def _choose(
     exact = _outputs(model, batches)
     size = exact.norm().clamp_min(1e-30)
     for block in blocks.values():
-        block.__dict__[INT8] = (False,) * len(LINEARS)
+        block.__dict__[INT8] = (False,) * LINEARS
     base = _outputs(model, batches)
     report = QuantizationReport()
-    for (name, block), (i, layer) in product(blocks.items(), enumerate(LINEARS)):
-        block.__dict__[INT8] = tuple(j == i for j in range(len(LINEARS)))
+    layers = {name: ["+".join(place.layer for place in its) for its in linear_places(b)] for name, b in blocks.items()}
+    for (name, block), i in product(blocks.items(), range(LINEARS)):
+        block.__dict__[INT8] = tuple(j == i for j in range(LINEARS))
         error = float((_outputs(model, batches) - base).norm() / size)
-        block.__dict__[INT8] = (False,) * len(LINEARS)
-        report.append(QuantizedLayer(f"{name}.{layer}", error, error <= threshold))
+        block.__dict__[INT8] = (False,) * LINEARS
+        report.append(QuantizedLayer(f"{name}.{layers[name][i]}", error, error <= threshold))
     for number, block in enumerate(blocks.values()):
-        chosen = report[number * len(LINEARS) : (number + 1) * len(LINEARS)]
+        chosen = report[number * LINEARS : (number + 1) * LINEARS]
         block.__dict__[INT8] = tuple(layer.int8 for layer in chosen)
     report.error = float((_outputs(model, batches) - exact).norm() / size)
     return report

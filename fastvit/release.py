@@ -8,17 +8,21 @@ import torch
 from torch import nn
 
 from . import backends, prepack
-from .fused import INT8, LINEARS, encodable, has_hooks, is_fused_block, linears
+from .fused import INT8, LINEARS, encodable, has_hooks, is_fused_block
+from .parts import Place, linear_places, parts_of
 from .prepack import Released
 
 
 def _why_not(block: Any) -> str | None:
     """Why the encoder's kernel does not run this block at inference, or None when it does."""
-    if not encodable(block):
+    parts = parts_of(block)
+    if len(parts.attention.qkv_weights) != 1:
+        return "it keeps queries, keys and values in weights of their own, which the kernel reads as one"
+    if not encodable(parts):
         return "it normalises queries and keys, or its heads are wider than the model"
     if has_hooks(block):
         return "a module inside it carries a hook, which the kernel would skip"
-    weight = block.attn.qkv.weight
+    (weight,) = parts.attention.qkv_weights
     x, dtype = torch.empty(0, 1, 1, dtype=weight.dtype, device=weight.device), str(weight.dtype).removeprefix("torch.")
     return backends.why_not("encoder", (x, [], [], 1, 1.0, "none", dtype, []), "cpu")
 
@@ -42,25 +46,25 @@ def release(model: nn.Module, rounded: bool = False) -> None:
             "fastvit: release_original=True, but the CPU's encoder kernel runs no block of "
             f"{type(model).__name__}: {detail}"
         )
-    served: dict[int, tuple[str, Any, bool]] = {}
+    served: dict[int, tuple[str, Place, bool]] = {}
     for name, block in blocks.items():
         if name not in reasons:
-            int8 = block.__dict__.get(INT8, (False,) * len(LINEARS))
-            for layer, linear, its in zip(LINEARS, linears(block), int8, strict=True):
-                served.setdefault(id(linear), (f"{name}.{layer}".lstrip("."), linear, its))
+            int8 = block.__dict__.get(INT8, (False,) * LINEARS)
+            for (place,), its in zip(linear_places(block), int8, strict=True):
+                served.setdefault(id(place.module), (f"{name}.{place.layer}".lstrip("."), place, its))
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    uses.subtract(id(linear.weight) for _, linear, _ in served.values())
+    uses.subtract(id(getattr(place.module, place.parameter)) for _, place, _ in served.values())
     made: dict[int, Released] = {}
     with torch.inference_mode(False):
-        for name, linear, int8 in served.values():
-            weight = linear.weight
+        for name, place, int8 in served.values():
+            weight: Any = getattr(place.module, place.parameter)
             key = id(weight)
             if type(weight) in (nn.Parameter, Released) and uses[key] == 0:
                 if key not in made:
                     compute = prepack.compute_of(weight.dtype)
                     compute = compute if not rounded else "int8" if int8 else "bfloat16"
                     made[key] = Released(prepack.weight(weight, compute), compute, weight, f"{name}.weight")
-                linear.weight = made[key]
+                setattr(place.module, place.parameter, made[key])
 
 
 def check_exact(function: str, model: nn.Module) -> None:

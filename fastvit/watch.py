@@ -4,7 +4,7 @@ Between two calls of a model the caches hold its weights, and every line of Pyth
 attribute by attribute then takes as long as two of the blocks themselves.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -44,6 +44,6 @@ class Watch:
         found = self._values(self._parameters)
         return found if self._look(found) == self._before else None
 
-    def hooked(self) -> bool:
-        """Whether a module below carries a forward or backward hook."""
-        return any(self._hooks)
+    def hooked(self, idle: Callable[[dict], bool]) -> bool:
+        """Whether a module below carries a forward or backward hook that is not ``idle``."""
+        return any(self._hooks) and not all(idle(hooks) for hooks in self._hooks if hooks)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..parts import BlockParts
+
 
 @dataclass(frozen=True)
 class Options:
@@ -26,11 +28,13 @@ class Plan:
     forward: called as ``forward(module, *args, **kwargs)``; a module-level function or method, so that it pickles.
     ops: the operators it calls.
     whole: it computes what the module's children would, so those are not planned on their own.
+    parts: the reader of a block's parts (see ``fastvit.parts``).
     """
 
     forward: Callable[..., Any]
     ops: tuple[str, ...]
     whole: bool = False
+    parts: Callable[[Any], BlockParts] | None = None
 
 
 # library -> adapter; an adapter is imported only when its library already is

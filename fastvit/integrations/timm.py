@@ -11,7 +11,8 @@ import timm.models.vision_transformer as vit
 from torch import Tensor, nn
 
 from .. import layers, ops
-from ..fused import BLOCK_OPS, activation_name, fused_block, fused_blocks, has_hooks
+from ..fused import BLOCK_OPS, fused_block, fused_blocks, has_hooks
+from ..parts import activation_name, block_parts
 from . import Options, Plan
 
 
@@ -117,7 +118,7 @@ def plan(module: nn.Module, options: Options) -> Plan | str | None:
 def _plan(module: Any, options: Options) -> Plan | str | None:
     if _same_forward(module, vit.Block):
         reason = _why_not_block(module, options)
-        return reason or Plan(fused_block, BLOCK_OPS, whole=True)
+        return reason or Plan(fused_block, BLOCK_OPS, whole=True, parts=block_parts)
     if type(module) is nn.Sequential and len(module) and all(_same_forward(block, vit.Block) for block in module):
         fusable = options.attention and options.layer_norm and options.mlp
         return Plan(fused_blocks, ("encoder",)) if fusable else None
