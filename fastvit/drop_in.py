@@ -17,6 +17,7 @@ from torch import nn
 from . import backends, layers, ops, prepack
 from .fused import BLOCK_OPS, INT8, KNOWN, MARK, has_hooks
 from .integrations import ADAPTERS, Options, Plan
+from .integrations.common import plan_layer_norm
 from .parts import PARTS
 from .release import give_back, is_released, release
 from .settings import SETTINGS
@@ -56,31 +57,34 @@ class Report(list[Row]):
         )
 
 
-def _plan(module: nn.Module, options: Options) -> Plan | str | None:
+def _plan(module: nn.Module, options: Options, parent: nn.Module | None) -> Plan | str | None:
     for library, adapter in ADAPTERS.items():
         if library in sys.modules:
-            found = importlib.import_module(adapter).plan(module, options)
+            found = importlib.import_module(adapter).plan(module, options, parent)
             if found is not None:
                 return found
-    return None
+    return plan_layer_norm(module, options)
 
 
 def _planned(
     module: nn.Module, options: Options, prefix: str = ""
 ) -> Iterator[tuple[str, nn.Module, Plan | str | None, bool]]:
-    """(name, module, plan, inside): every module once, parents first; ``inside`` marks children of a fused whole."""
-    stack = [(prefix, module, False)]
+    """(name, module, plan, inside): every module once, parents first; ``inside`` marks children of a fused whole.
+
+    Those are planned, too: a hook that is put on one later leaves the others fused one by one.
+    """
+    stack: list[tuple[str, nn.Module, nn.Module | None, bool]] = [(prefix, module, None, False)]
     seen: set[int] = set()
     while stack:
-        name, current, inside = stack.pop()
+        name, current, parent, inside = stack.pop()
         if id(current) in seen:
             continue
         seen.add(id(current))
-        found = None if inside else _plan(current, options)
+        found = _plan(current, options, parent)
         yield name, current, found, inside
         within = inside or (isinstance(found, Plan) and found.whole)
         for child_name, child in reversed(list(current.named_children())):
-            stack.append((f"{name}.{child_name}" if name else child_name, child, within))
+            stack.append((f"{name}.{child_name}" if name else child_name, child, current, within))
 
 
 def _call(fused: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -134,7 +138,9 @@ def accelerate(
     if SETTINGS.disable:
         return model
     plans = list(_planned(model, Options(attention, layer_norm, mlp, patch_embed)))
-    reasons = [f"{name or '(model)'}: {found}" for name, _, found, _ in plans if isinstance(found, str)]
+    reasons = [
+        f"{name or '(model)'}: {found}" for name, _, found, inside in plans if isinstance(found, str) and not inside
+    ]
     if strict and reasons:
         raise RuntimeError(f"fastvit.accelerate: strict, but {len(reasons)} modules stay eager: {'; '.join(reasons)}")
     fused = [(module, found) for _, module, found, _ in plans if isinstance(found, Plan)]

@@ -1,12 +1,14 @@
 """Adapters for other people's Vision Transformers, one file per library.
 
-An adapter is a module with ``plan(module, options)``: a :class:`Plan` that binds a fused forward, a sentence that says
-why this module is left alone, or None for a module it knows nothing about.
+An adapter is a module with ``plan(module, options, parent)``: a :class:`Plan` that binds a fused forward, a sentence
+that says why this module is left alone, or None for a module it knows nothing about.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from ..parts import BlockParts
 
@@ -21,6 +23,15 @@ class Options:
     patch_embed: bool = True
 
 
+class BlockCall(NamedTuple):
+    """A block's call: tokens (B, N, D); mask and causality, as the ops take them; what turns queries and keys."""
+
+    x: Tensor
+    mask: Tensor | None = None
+    causal: bool = False
+    rotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+
 @dataclass(frozen=True)
 class Plan:
     """A fused forward for one module.
@@ -29,13 +40,15 @@ class Plan:
     ops: the operators it calls.
     whole: it computes what the module's children would, so those are not planned on their own.
     parts: the reader of a block's parts (see ``fastvit.parts``).
+    call: what a call of the block means, from the block and the call's arguments.
     """
 
     forward: Callable[..., Any]
     ops: tuple[str, ...]
     whole: bool = False
     parts: Callable[[Any], BlockParts] | None = None
+    call: Callable[..., "BlockCall | None"] | None = None
 
 
 # library -> adapter; an adapter is imported only when its library already is
-ADAPTERS = {"timm": "fastvit.integrations.timm"}
+ADAPTERS = {name: f"fastvit.integrations.{name}" for name in ("timm", "transformers", "torchvision")}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import layers, ops
 from ..fused import BLOCK_OPS, fused_block, fused_blocks, has_hooks
 from ..parts import activation_name, block_parts
-from . import Options, Plan
+from . import BlockCall, Options, Plan
 
 
 def _same_forward(module: Any, *classes: type[nn.Module]) -> bool:
@@ -81,11 +81,6 @@ def _why_not_patch_embed(embed: Any) -> str | None:
     return None
 
 
-def layer_norm_forward(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """LayerNorm over the last dimension."""
-    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
-
-
 def patch_embed_forward(embed: Any, x: Tensor) -> Tensor:
     """The projection of timm's PatchEmbed; its own norm, flattening and size checks are kept."""
     height, width = x.shape[-2:]
@@ -107,7 +102,12 @@ def patch_embed_forward(embed: Any, x: Tensor) -> Tensor:
     return embed.norm(y)
 
 
-def plan(module: nn.Module, options: Options) -> Plan | str | None:
+def block_call(block: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> BlockCall:
+    """A Block's call."""
+    return BlockCall(x, attn_mask, is_causal)
+
+
+def plan(module: nn.Module, options: Options, parent: nn.Module | None = None) -> Plan | str | None:
     """How to fuse this module, why not, or None when it is none of timm's ViT modules."""
     found = _plan(module, options)
     if isinstance(found, Plan) and found.whole and has_hooks(module):
@@ -118,7 +118,7 @@ def plan(module: nn.Module, options: Options) -> Plan | str | None:
 def _plan(module: Any, options: Options) -> Plan | str | None:
     if _same_forward(module, vit.Block):
         reason = _why_not_block(module, options)
-        return reason or Plan(fused_block, BLOCK_OPS, whole=True, parts=block_parts)
+        return reason or Plan(fused_block, BLOCK_OPS, whole=True, parts=block_parts, call=block_call)
     if type(module) is nn.Sequential and len(module) and all(_same_forward(block, vit.Block) for block in module):
         fusable = options.attention and options.layer_norm and options.mlp
         return Plan(fused_blocks, ("encoder",)) if fusable else None
@@ -133,7 +133,4 @@ def _plan(module: Any, options: Options) -> Plan | str | None:
     if _same_forward(module, timm.layers.PatchEmbed):
         reason = "patch_embed=False" if not options.patch_embed else _why_not_patch_embed(module)
         return reason or Plan(patch_embed_forward, ("patch_embed",), whole=True)
-    if isinstance(module, nn.LayerNorm):
-        reason = "layer_norm=False" if not options.layer_norm else _why_not_norm(module)
-        return reason or Plan(layer_norm_forward, ("layer_norm",))
     return None
