@@ -17,7 +17,7 @@ from torch import nn
 from . import backends, layers, ops, prepack
 from .fused import BLOCK_OPS, INT8, KNOWN, MARK, has_hooks
 from .integrations import ADAPTERS, Options, Plan
-from .integrations.common import plan_layer_norm
+from .integrations.torch_modules import plan_layer_norm
 from .parts import PARTS
 from .release import give_back, is_released, release
 from .settings import SETTINGS
@@ -63,7 +63,7 @@ def _plan(module: nn.Module, options: Options, parent: nn.Module | None) -> Plan
             found = importlib.import_module(adapter).plan(module, options, parent)
             if found is not None:
                 return found
-    return plan_layer_norm(module, options)
+    return None if type(module) in _OWN else plan_layer_norm(module, options)
 
 
 def _planned(

@@ -14,27 +14,11 @@ from .. import layers, ops
 from ..fused import BLOCK_OPS, fused_block, fused_blocks, has_hooks
 from ..parts import activation_name, block_parts
 from . import BlockCall, Options, Plan
-
-
-def _same_forward(module: Any, *classes: type[nn.Module]) -> bool:
-    """Whether a module computes what one of these classes does: it is one, and did not override forward."""
-    return any(isinstance(module, c) and type(module).forward is c.forward for c in classes)
-
-
-def _why_not_norm(norm: Any) -> str | None:
-    if not _same_forward(norm, nn.LayerNorm, timm.layers.LayerNorm):
-        return f"{type(norm).__name__} is not a LayerNorm"
-    if len(norm.normalized_shape) != 1:
-        return f"it normalises {len(norm.normalized_shape)} dimensions, not the last one"
-    return None
-
-
-def _why_not_linear(name: str, linear: Any) -> str | None:
-    return None if type(linear) is nn.Linear else f"{name} is a {type(linear).__name__}, not a torch.nn.Linear"
+from .torch_modules import plan_layer_norm, same_forward, why_not_linear, why_not_norm
 
 
 def _why_not_attention(attn: Any) -> str | None:
-    if not _same_forward(attn, vit.Attention):
+    if not same_forward(attn, vit.Attention):
         return f"attention is {type(attn).__name__}"
     if getattr(attn, "gate", None) is not None:
         return "attention is gated"
@@ -42,20 +26,20 @@ def _why_not_attention(attn: Any) -> str | None:
         return "attention normalises its output"
     for name in ("q_norm", "k_norm"):
         norm = getattr(attn, name)
-        reason = None if isinstance(norm, nn.Identity) else _why_not_norm(norm)
+        reason = None if isinstance(norm, nn.Identity) else why_not_norm(norm, timm.layers.LayerNorm)
         if reason:
             return f"{name}: {reason}"
-    return _why_not_linear("qkv", attn.qkv) or _why_not_linear("proj", attn.proj)
+    return why_not_linear("qkv", attn.qkv) or why_not_linear("proj", attn.proj)
 
 
 def _why_not_mlp(mlp: Any) -> str | None:
-    if not _same_forward(mlp, timm.layers.Mlp):
+    if not same_forward(mlp, timm.layers.Mlp):
         return f"MLP is {type(mlp).__name__}"
     if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
         return "the MLP normalises its hidden layer"
     if activation_name(mlp.act) is None:
         return f"activation {type(mlp.act).__name__} has no fused form"
-    return _why_not_linear("fc1", mlp.fc1) or _why_not_linear("fc2", mlp.fc2)
+    return why_not_linear("fc1", mlp.fc1) or why_not_linear("fc2", mlp.fc2)
 
 
 def _why_not_block(block: Any, options: Options) -> str | None:
@@ -66,7 +50,7 @@ def _why_not_block(block: Any, options: Options) -> str | None:
         if not isinstance(getattr(block, name), known):
             return f"{name} is a {type(getattr(block, name)).__name__}"
     for name in ("norm1", "norm2"):
-        reason = _why_not_norm(getattr(block, name))
+        reason = why_not_norm(getattr(block, name), timm.layers.LayerNorm)
         if reason:
             return f"{name}: {reason}"
     return _why_not_attention(block.attn) or _why_not_mlp(block.mlp)
@@ -116,21 +100,23 @@ def plan(module: nn.Module, options: Options, parent: nn.Module | None = None) -
 
 
 def _plan(module: Any, options: Options) -> Plan | str | None:
-    if _same_forward(module, vit.Block):
+    if same_forward(module, vit.Block):
         reason = _why_not_block(module, options)
         return reason or Plan(fused_block, BLOCK_OPS, whole=True, parts=block_parts, call=block_call)
-    if type(module) is nn.Sequential and len(module) and all(_same_forward(block, vit.Block) for block in module):
+    if type(module) is nn.Sequential and len(module) and all(same_forward(block, vit.Block) for block in module):
         fusable = options.attention and options.layer_norm and options.mlp
         return Plan(fused_blocks, ("encoder",)) if fusable else None
-    if _same_forward(module, vit.Attention):
+    if same_forward(module, vit.Attention):
         if not options.attention:
             return "attention=False"
         reason = _why_not_attention(module)
         return reason or Plan(layers.Attention.forward, ("attention",), whole=True)
-    if _same_forward(module, timm.layers.Mlp):
+    if same_forward(module, timm.layers.Mlp):
         reason = "mlp=False" if not options.mlp else _why_not_mlp(module)
         return reason or Plan(layers.Mlp.forward, ("linear",), whole=True)
-    if _same_forward(module, timm.layers.PatchEmbed):
+    if same_forward(module, timm.layers.PatchEmbed):
         reason = "patch_embed=False" if not options.patch_embed else _why_not_patch_embed(module)
         return reason or Plan(patch_embed_forward, ("patch_embed",), whole=True)
+    if isinstance(module, timm.layers.LayerNorm):
+        return plan_layer_norm(module, options, timm.layers.LayerNorm)
     return None

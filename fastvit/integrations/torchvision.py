@@ -9,7 +9,7 @@ from .. import ops
 from ..fused import BLOCK_OPS, active, fused_block, fused_blocks, has_hooks
 from ..parts import ABSENT, AttentionParts, BlockParts, LinearParts, MlpParts, activation_name, activation_of
 from . import BlockCall, Options, Plan
-from .common import plan_patches, same_forward, why_not_linear, why_not_norm
+from .torch_modules import plan_patches, same_forward, why_not_linear, why_not_norm
 
 
 def attention_parts(attn: nn.MultiheadAttention, proj_drop: nn.Module = ABSENT) -> AttentionParts:

@@ -38,11 +38,11 @@ def layer_norm_forward(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
-def plan_layer_norm(module: nn.Module, options: Options) -> Plan | str | None:
-    """How to fuse a LayerNorm by itself, wherever it stands."""
+def plan_layer_norm(module: nn.Module, options: Options, *classes: type[nn.Module]) -> Plan | str | None:
+    """How to fuse a LayerNorm by itself, torch's own or one of these classes, wherever it stands."""
     if not isinstance(module, nn.LayerNorm):
         return None
-    reason = why_not_norm(module) if options.layer_norm else "layer_norm=False"
+    reason = why_not_norm(module, *classes) if options.layer_norm else "layer_norm=False"
     return reason or Plan(layer_norm_forward, ("layer_norm",))
 
 
@@ -67,7 +67,7 @@ def patches_forward(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return y.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
 
 
-def plan_patches(conv: nn.Module, options: Options) -> Plan | str:
+def plan_patches(conv: Any, options: Options) -> Plan | str:
     """How to fuse a model's projection of patches."""
     reason = why_not_patches(conv) if options.patch_embed else "patch_embed=False"
     return reason or Plan(patches_forward, ("patch_embed",))
