@@ -134,7 +134,13 @@ def _inference(model: nn.Module) -> Iterator[None]:
 
 
 def _outputs(model: nn.Module, batches: list[Tensor]) -> Tensor:
-    return torch.cat([model(batch).double().flatten(1) for batch in batches])
+    return torch.cat([_first(model(batch)).double().flatten(1) for batch in batches])
+
+
+def _first(output: Any) -> Tensor:
+    """The output, or the first tensor of several, such as the logits in an output of transformers."""
+    several = output.values() if isinstance(output, dict) else output
+    return output if isinstance(output, Tensor) else next(y for y in several if isinstance(y, Tensor))
 
 
 def _batches(model: Any, calibration: Tensor | Iterable[Tensor] | None) -> Iterator[Tensor]:
