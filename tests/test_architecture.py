@@ -48,7 +48,7 @@ ARROWS = {
     "layers": {"fused", "ops", "parts", *LEAVES},
     "model": {"fused", "layers", "ops", *LEAVES},
     "checkpoints": {"config"},
-    "integrations": {"fused", "integrations", "layers", "ops", "parts"},
+    "integrations": {"backends", "fused", "integrations", "layers", "ops", "parts", "settings"},
     "release": {"fused", "backends", "parts", "prepack"},
     "drop_in": {"release", "fused", "integrations", "layers", "ops", "parts", "backends", "prepack", "settings"},
     "quantization": {"release", "fused", "backends", "parts", "prepack"},
