@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..fused import activation_name, active, has_hooks
+from ..fused import active, has_hooks
+from ..parts import activation_name
 
 DEVICES = ("cpu", "cuda", "rocm")
 # transformers' activations, by the names of the ops
-_ACTIVATIONS = {"GELUActivation": "gelu", "NewGELUActivation": "gelu_tanh", "QuickGELUActivation": "quick_gelu"}
 _LINEARS = (("fc1", "fc2"), ("up_proj", "down_proj"))
 _IDLE = (nn.Identity, nn.Dropout)
 
@@ -34,7 +34,7 @@ def _layers_of(mlp: nn.Module) -> tuple[nn.Linear, nn.Linear, str] | None:
     rest = [child for child in children.values() if not isinstance(child, _IDLE)]
     if len(rest) != 1 or has_hooks(mlp) or any(active(c) for c in children.values() if isinstance(c, nn.Dropout)):
         return None
-    name = activation_name(rest[0]) or _ACTIVATIONS.get(type(rest[0]).__name__)
+    name = activation_name(rest[0])
     return None if name is None else (first, second, name)
 
 
