@@ -112,8 +112,19 @@ def why_not(op: str, args: Sequence[Any], backend: str) -> str | None:
 
 
 def requested() -> str:
-    """The backend in force for this thread: the innermost ``with backend(...)``, else FASTVIT_BACKEND, else auto."""
+    """The backend in force for this thread: the innermost ``with backend(...)``, else FASTVIT_BACKEND, else auto.
+
+    While torch.onnx exports it is the reference, whatever was asked for: ONNX has no name for a kernel of ours.
+    """
+    if _in_onnx_export():
+        return "reference"
     return getattr(_override, "name", _default)
+
+
+@constant
+def _in_onnx_export() -> bool:
+    # in every call of an op: the first two questions cost a tenth of the third
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
 def select(op: str, *args: Any) -> str:
