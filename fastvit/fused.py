@@ -263,11 +263,11 @@ def fused_block(
     qkv = projected(parts.attention, ops.layer_norm(x, *parts.norm1))
     h = attend(parts.attention, qkv, attn_mask, is_causal, rotate)
     attention = parts.attention
-    x = _add_branch(x, h, attention.proj, attention.proj_drop, parts.layer_scale1, parts.drop_path1)
+    x = add_branch(x, h, attention.proj, attention.proj_drop, parts.layer_scale1, parts.drop_path1)
     return _add_mlp(x, parts)
 
 
-def _add_branch(
+def add_branch(
     x: Tensor, h: Tensor, linear: LinearParts, dropout: nn.Module, gamma: Tensor | None, drop_path: nn.Module
 ) -> Tensor:
     """x + drop_path(γ · dropout(linear(h))), in one op when the dropout is inactive."""
@@ -285,7 +285,7 @@ def _add_mlp(x: Tensor, parts: BlockParts) -> Tensor:
     mlp, (weight, bias, eps), gamma, drop_path = parts.mlp, parts.norm2, parts.layer_scale2, parts.drop_path2
     if active(mlp.hidden_drop) or active(mlp.drop):
         hidden = ops.linear(ops.layer_norm(x, weight, bias, eps), *mlp.fc1, activation=mlp.activation)
-        return _add_branch(x, mlp.hidden_drop(hidden), mlp.fc2, mlp.drop, gamma, drop_path)
+        return add_branch(x, mlp.hidden_drop(hidden), mlp.fc2, mlp.drop, gamma, drop_path)
     rate = _drop_path_rate(drop_path)
     y = ops.norm_mlp(
         x,
