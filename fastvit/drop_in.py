@@ -3,8 +3,6 @@
 Classes, parameters, state_dict keys and hooks stay as they are; nothing global is changed.
 """
 
-import importlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from torch import nn
 
 from . import backends, layers, ops, prepack
 from .fused import BLOCK_OPS, INT8, KNOWN, MARK, has_hooks
-from .integrations import ADAPTERS, Options, Plan
+from .integrations import ADAPTERS, Options, Plan, loaded
 from .integrations.torch_modules import plan_layer_norm
 from .parts import PARTS
 from .release import give_back, is_released, release
@@ -58,11 +56,10 @@ class Report(list[Row]):
 
 
 def _plan(module: nn.Module, options: Options, parent: nn.Module | None) -> Plan | str | None:
-    for library, adapter in ADAPTERS.items():
-        if library in sys.modules:
-            found = importlib.import_module(adapter).plan(module, options, parent)
-            if found is not None:
-                return found
+    for adapter in loaded():
+        found = adapter.plan(module, options, parent)
+        if found is not None:
+            return found
     return None if type(module) in _OWN else plan_layer_norm(module, options)
 
 

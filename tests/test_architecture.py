@@ -52,7 +52,11 @@ ARROWS = {
     "release": {"fused", "backends", "parts", "prepack"},
     "drop_in": {"release", "fused", "integrations", "layers", "ops", "parts", "backends", "prepack", "settings"},
     "quantization": {"release", "fused", "backends", "parts", "prepack"},
+    "maps": {"integrations", "layers", "parts", "prepack"},
+    "analysis": {"maps", "integrations"},
     "": {
+        "analysis",
+        "maps",
         "cuda_graph",
         "quantization",
         "drop_in",

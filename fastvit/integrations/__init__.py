@@ -1,16 +1,19 @@
 """Adapters for other people's Vision Transformers, one file per library.
 
 An adapter is a module with ``plan(module, options, parent)``: a :class:`Plan` that binds a fused forward, a sentence
-that says why this module is left alone, or None for a module it knows nothing about.
+that says why this module is left alone, or None for a module it knows nothing about. It may have ``attended(module)``,
+too: how to read a block's attention even where the block cannot be fused, an :class:`Attended` or None.
 """
 
-from collections.abc import Callable
+import importlib
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..parts import BlockParts
+from ..parts import AttentionParts, BlockParts, Norm
 
 
 @dataclass(frozen=True)
@@ -50,5 +53,23 @@ class Plan:
     call: Callable[..., "BlockCall | None"] | None = None
 
 
+class Attended(NamedTuple):
+    """A pre-norm block's attention.
+
+    parts: reads the norm in front of it, and itself, off the block.
+    call: as in :class:`Plan`; None: a block is called as timm's are, ``(x, attn_mask=None, is_causal=False)``.
+    """
+
+    parts: Callable[[Any], tuple[Norm, AttentionParts]]
+    call: Callable[..., BlockCall | None] | None = None
+
+
 # library -> adapter; an adapter is imported only when its library already is
 ADAPTERS = {name: f"fastvit.integrations.{name}" for name in ("timm", "transformers", "torchvision")}
+
+
+def loaded() -> Iterator[Any]:
+    """The adapters of the libraries that are imported."""
+    for library, adapter in ADAPTERS.items():
+        if library in sys.modules:
+            yield importlib.import_module(adapter)

@@ -7,13 +7,14 @@ import timm.models.vision_transformer as vit
 from torch import Tensor, nn
 
 from ..fused import BLOCK_OPS, fused_block, fused_blocks, has_hooks
-from ..parts import block_parts
-from . import BlockCall, Options, Plan, timm_blocks, timm_layers
+from ..parts import AttentionParts, Norm, attention_parts, block_parts
+from . import Attended, BlockCall, Options, Plan, timm_blocks, timm_layers
 from .timm_layers import (
     why_not_all,
     why_not_attention,
     why_not_kinds,
     why_not_mlp,
+    why_not_norm,
     why_not_plain_attention,
     why_not_plain_mlp,
 )
@@ -44,6 +45,18 @@ def plan(module: nn.Module, options: Options, parent: nn.Module | None = None) -
     if isinstance(found, Plan) and found.whole and has_hooks(module):
         return "a module inside it carries a hook, which the fused forward would skip"
     return found
+
+
+def attended(module: Any) -> Attended | None:
+    """How to read the attention of a Block."""
+    if not same_forward(module, vit.Block) or why_not_norm(module.norm1):
+        return None
+    return None if why_not_attention(module.attn, vit.Attention) else Attended(norm_and_attention, block_call)
+
+
+def norm_and_attention(block: Any) -> tuple[Norm, AttentionParts]:
+    """Of a Block, whatever its MLP is."""
+    return (block.norm1.weight, block.norm1.bias, block.norm1.eps), attention_parts(block.attn)
 
 
 def _plan(module: Any, options: Options) -> Plan | str | None:

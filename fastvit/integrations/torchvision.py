@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..fused import BLOCK_OPS, active, fused_block, fused_blocks, has_hooks
-from ..parts import ABSENT, AttentionParts, BlockParts, LinearParts, MlpParts, activation_name, activation_of
-from . import BlockCall, Options, Plan
+from ..parts import ABSENT, AttentionParts, BlockParts, LinearParts, MlpParts, Norm, activation_name, activation_of
+from . import Attended, BlockCall, Options, Plan
 from .torch_modules import plan_patches, same_forward, why_not_linear, why_not_norm
 
 
@@ -104,6 +104,18 @@ def plan(module: nn.Module, options: Options, parent: nn.Module | None = None) -
     if isinstance(found, Plan) and found.whole and has_hooks(module):
         return "a module inside it carries a hook, which the fused forward would skip"
     return found
+
+
+def attended(module: Any) -> Attended | None:
+    """How to read the attention of an EncoderBlock."""
+    if not same_forward(module, vit.EncoderBlock) or why_not_norm(module.ln_1):
+        return None
+    return None if _why_not_attention(module.self_attention) else Attended(norm_and_attention, block_call)
+
+
+def norm_and_attention(block: Any) -> tuple[Norm, AttentionParts]:
+    """Of an EncoderBlock, whatever its MLP is."""
+    return (block.ln_1.weight, block.ln_1.bias, block.ln_1.eps), attention_parts(block.self_attention)
 
 
 def _plan(module: Any, options: Options, parent: nn.Module | None) -> Plan | str | None:

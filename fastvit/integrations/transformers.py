@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..fused import BLOCK_OPS, IDLE_HOOKS, fused_block, fused_mlp, has_hooks, heads, projected
-from ..parts import ABSENT, AttentionParts, BlockParts, MlpParts, activation_name, activation_of, linear_parts
-from . import BlockCall, Options, Plan
+from ..parts import ABSENT, AttentionParts, BlockParts, MlpParts, Norm, activation_name, activation_of, linear_parts
+from . import Attended, BlockCall, Options, Plan
 from .attention_interface import attention_arguments, attention_forward, collecting_attentions, register
 from .torch_modules import plan_patches, why_not_linear, why_not_norm
 
@@ -320,6 +320,22 @@ def plan(module: nn.Module, options: Options, parent: nn.Module | None = None) -
     if isinstance(found, Plan) and found.whole and has_hooks(module):
         return "a module inside it carries a hook, which the fused forward would skip"
     return found
+
+
+def attended(module: Any) -> Attended | None:
+    """How to read the attention of an encoder layer."""
+    family = _LAYERS.get(_name(module))
+    if family is None or not (hasattr(module, family.norm1) and hasattr(module, family.attention)):
+        return None
+    if why_not_norm(getattr(module, family.norm1)) or _why_not_attention(getattr(module, family.attention)):
+        return None
+    return Attended(partial(norm_and_attention, family), partial(layer_call, family))
+
+
+def norm_and_attention(family: Family, layer: Any) -> tuple[Norm, AttentionParts]:
+    """Of an encoder layer, whatever its MLP is."""
+    norm = getattr(layer, family.norm1)
+    return (norm.weight, norm.bias, norm.eps), attention_parts(getattr(layer, family.attention))
 
 
 def _plan(module: Any, options: Options, parent: nn.Module | None) -> Plan | str | None:
