@@ -197,11 +197,13 @@ def _softmax_rows(
     if call.mask is not None:
         scores = _masked(scores, call.mask, rows, chosen)
     if call.causal:
-        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        scores = scores.masked_fill(later[rows], -torch.inf)
-    maps = scores.softmax(-1)
-    if call.mask is not None:
-        maps = maps.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+        position = torch.arange(x.shape[1], device=x.device)
+        scores = scores.masked_fill(position > position[rows, None], -torch.inf)
+    if call.mask is None:
+        maps = scores.softmax(-1)
+    else:
+        blind = (scores == -torch.inf).all(-1, keepdim=True)
+        maps = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     return maps.mean(1, keepdim=True) if heads == "mean" else maps
 
 
