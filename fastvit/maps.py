@@ -38,7 +38,7 @@ def attention_maps(
 
     The model runs as it is, accelerated or not, in its own mode, dtype and autocast, and what is not asked for is not
     computed: only ``queries="all"`` takes N × N scores. Dropout of the softmax is left out, dropout elsewhere is the
-    model's. A compiled model runs uncompiled for this pass. Blocks that quantize has released have no maps; other
+    model's. Fused blocks run one by one, a compiled model uncompiled, for this pass. Blocks that quantize has released have no maps; other
     quantised blocks have those of their original weights.
 
     Args:
@@ -58,8 +58,9 @@ def attention_maps(
         first; fp32, fp64 for a model in fp64. Rows sum to 1, but rows that a mask hides whole are 0.
 
     Raises:
-        TypeError: not a module, or a block's call that is not understood. ValueError: no blocks or blocks at several
-            places, a layer, head or query out of range, no class token. RuntimeError: a block was not called once.
+        TypeError: not a module, or a block's call that is not understood. ValueError: no blocks, blocks at several
+            places or unknown ones among them; a layer, head or query out of range; no class token. RuntimeError: a
+            block was not called once.
     """
     return collect(model, x, layers, queries, heads, grad, forward_kwargs, lambda _, rows: rows)
 
@@ -128,7 +129,7 @@ def attended_blocks(model: nn.Module) -> list[_Block]:
     """The blocks of a model whose attention is known, in order.
 
     Raises:
-        TypeError: not a module. ValueError: there are none, or they are of several towers.
+        TypeError: not a module. ValueError: there are none, or they are of several towers, or unknown ones among them.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fastvit.attention_maps: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -148,7 +149,26 @@ def attended_blocks(model: nn.Module) -> list[_Block]:
             f"fastvit.attention_maps: {type(model).__name__} has blocks at {len(places)} places, {', '.join(places)}: "
             "give the part of it that contains one of them"
         )
+    if (unknown := _unknown_sibling(model, blocks)) is not None:
+        raise ValueError(
+            f"fastvit.attention_maps: {unknown} of {type(model).__name__} stands among blocks whose attention is known, "
+            "and its own is not"
+        )
     return blocks
+
+
+def _unknown_sibling(model: nn.Module, blocks: list[_Block]) -> str | None:
+    """What looks like a block and stands among them, but is not known: their indices would not be the model's."""
+    known, place = {id(block.module) for block in blocks}, _place(blocks[0].name)
+    if id(model) in known:
+        return None
+    for name, module in model.named_modules():
+        if _place(name) == place:
+            inside = list(module.modules())
+            looks = any(re.search(r"Attention|Block|Layer(?!Norm|Scale)", type(m).__name__) for m in inside)
+            if looks and known.isdisjoint(map(id, inside)):
+                return f"{type(module).__name__} {name}"
+    return None
 
 
 def _attended(module: nn.Module) -> Attended | None:

@@ -315,6 +315,21 @@ def test_errors(given, error, message):
         fastvit.attention_maps(**arguments)
 
 
+def test_an_unknown_block_among_known_ones_would_shift_their_indices():
+    model = small_timm()
+    model.blocks[1] = timm.models.vision_transformer.ParallelScalingBlock(48, 3)
+    with pytest.raises(ValueError, match=r"ParallelScalingBlock blocks\.1 of VisionTransformer stands among blocks"):
+        fastvit.attention_maps(model, images())
+
+
+def test_quantised_models():
+    model, x = small_timm(), images()
+    wanted = fastvit.attention_maps(model, x)
+    fastvit.quantize(fastvit.accelerate(model))
+    for got, want in zip(fastvit.attention_maps(model, x), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=0.1, atol=0.02)
+
+
 def test_no_class_token():
     model = small_timm(class_token=False, global_pool="avg")
     with pytest.raises(ValueError, match="which has no class token: give indices of tokens"):
