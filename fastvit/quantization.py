@@ -82,7 +82,11 @@ def quantize(
         raise RuntimeError(f"fastvit.quantize: the cpu kernels are needed, but {reason}")
     blocks = {name: m for name, m in model.named_modules() if is_fused_block(m)}
     if not blocks:
-        raise ValueError(f"fastvit.quantize: {type(model).__name__} has no fused block; call fastvit.accelerate first")
+        raise ValueError(
+            f"fastvit.quantize: {type(model).__name__} has no block that the CPU's encoder kernel runs; call "
+            "fastvit.accelerate first, and see fastvit.report(model): blocks whose positions turn the queries, or shift "
+            "the scores, cannot be"
+        )
     devices = {p.device.type for block in blocks.values() for p in block.parameters()}
     if devices != {"cpu"}:
         raise ValueError(f"fastvit.quantize: the model must be on the CPU, got {', '.join(sorted(devices))}")
