@@ -73,3 +73,10 @@ def loaded() -> Iterator[Any]:
     for library, adapter in ADAPTERS.items():
         if library in sys.modules:
             yield importlib.import_module(adapter)
+
+
+def __getattr__(name: str) -> Any:
+    """The modules of this package, imported when they are asked for: ``fastvit.integrations.transformers.register()``."""
+    if name in (*ADAPTERS, "hf_kernels", "pytorch"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
