@@ -84,7 +84,7 @@ def quantize(
     if not blocks:
         raise ValueError(
             f"fastvit.quantize: {type(model).__name__} has no block that the CPU's encoder kernel runs; call "
-            "fastvit.accelerate first, and see fastvit.report(model): blocks whose positions turn the queries, or shift "
+            "fastvit.accelerate first, and see fastvit.report(model): blocks whose positions turn queries, or shift "
             "the scores, cannot be"
         )
     devices = {p.device.type for block in blocks.values() for p in block.parameters()}

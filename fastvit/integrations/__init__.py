@@ -76,7 +76,7 @@ def loaded() -> Iterator[Any]:
 
 
 def __getattr__(name: str) -> Any:
-    """The modules of this package, imported when they are asked for: ``fastvit.integrations.transformers.register()``."""
+    """A module of this package, imported when it is asked for: ``fastvit.integrations.transformers.register()``."""
     if name in (*ADAPTERS, "hf_kernels", "pytorch"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
