@@ -37,9 +37,9 @@ def attention_maps(
     """The attention of one forward pass, softmax(scale · q kᵀ + mask) (paper, appendix A, equation 7).
 
     The model runs as it is, accelerated or not, in its own mode, dtype and autocast, and what is not asked for is not
-    computed: only ``queries="all"`` takes N × N scores. Dropout of the softmax is left out, dropout elsewhere is the
-    model's. Fused blocks run one by one, a compiled model uncompiled, for this pass. Blocks that quantize has released have no maps; other
-    quantised blocks have those of their original weights.
+    computed: only ``queries="all"`` takes N × N scores. For this pass fused blocks run one by one, and a compiled model
+    runs uncompiled. Dropout of the softmax is left out, dropout elsewhere is the model's. Quantised blocks have the
+    maps of their original weights, and none where quantize has released those.
 
     Args:
         model: a timm, transformers or torchvision Vision Transformer, a ``fastvit.VisionTransformer``, a module that
@@ -121,7 +121,7 @@ class _Block(NamedTuple):
 
     name: str
     module: nn.Module
-    parts: Callable[[Any], tuple[Norm, AttentionParts]]
+    parts: Callable[[Any], tuple[Norm | None, AttentionParts]]
     call: Callable[..., BlockCall | None]
 
 
@@ -140,7 +140,7 @@ def attended_blocks(model: nn.Module) -> list[_Block]:
             blocks.append(_Block(name or "(model)", module, found.parts, found.call or _plain_call))
     if not blocks:
         raise ValueError(
-            f"fastvit.attention_maps: found no pre-norm block of {', '.join(ADAPTERS)} or fastvit whose attention is "
+            f"fastvit.attention_maps: found no block of {', '.join(ADAPTERS)} or fastvit whose attention is "
             f"known in {type(model).__name__}"
         )
     places = list(dict.fromkeys(_place(block.name) for block in blocks))
@@ -151,8 +151,8 @@ def attended_blocks(model: nn.Module) -> list[_Block]:
         )
     if (unknown := _unknown_sibling(model, blocks)) is not None:
         raise ValueError(
-            f"fastvit.attention_maps: {unknown} of {type(model).__name__} stands among blocks whose attention is known, "
-            "and its own is not"
+            f"fastvit.attention_maps: {unknown} of {type(model).__name__} stands among blocks whose attention is "
+            "known, and its own is not"
         )
     return blocks
 
@@ -178,13 +178,13 @@ def _attended(module: nn.Module) -> Attended | None:
         found = adapter.plan(module, Options())
         if isinstance(found, Plan) and found.parts is not None:
             return Attended(_norm_and_attention(found.parts), found.call)
-        if hasattr(adapter, "attended") and (attended := adapter.attended(module)) is not None:
-            return attended
+        if hasattr(adapter, "attention_of") and (known := adapter.attention_of(module)) is not None:
+            return known
     return None
 
 
-def _norm_and_attention(parts: Callable[[Any], Any]) -> Callable[[Any], tuple[Norm, AttentionParts]]:
-    def read(block: Any) -> tuple[Norm, AttentionParts]:
+def _norm_and_attention(parts: Callable[[Any], Any]) -> Callable[[Any], tuple[Norm | None, AttentionParts]]:
+    def read(block: Any) -> tuple[Norm | None, AttentionParts]:
         its = parts(block)
         return its.norm1, its.attention
 
@@ -201,7 +201,7 @@ def _place(name: str) -> str:
 
 
 def _softmax_rows(
-    norm: Norm, attention: AttentionParts, call: BlockCall, rows: slice | list[int], heads: Heads
+    norm: Norm | None, attention: AttentionParts, call: BlockCall, rows: slice | list[int], heads: Heads
 ) -> Tensor:
     """Rows (B, H, Q, N) of the softmax of a block's call."""
     x = call.x.to(torch.promote_types(call.x.dtype, torch.float32))

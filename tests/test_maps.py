@@ -289,7 +289,7 @@ def two_towers():
     ("given", "error", "message"),
     [
         ({"model": "vit"}, TypeError, "model must be a torch.nn.Module, got str"),
-        ({"model": nn.Linear(2, 2)}, ValueError, "no pre-norm block of timm, transformers, torchvision or fastvit"),
+        ({"model": nn.Linear(2, 2)}, ValueError, "no block of timm, transformers, torchvision or fastvit"),
         ({"model": two_towers}, ValueError, r"blocks at 2 places, image\.blocks, text\.blocks"),
         ({"layers": 3}, ValueError, r"layers must be in -3\.\.2, got 3"),
         ({"layers": [0, -4]}, ValueError, r"layers must be in -3\.\.2"),
@@ -317,8 +317,8 @@ def test_errors(given, error, message):
 
 def test_an_unknown_block_among_known_ones_would_shift_their_indices():
     model = small_timm()
-    model.blocks[1] = timm.models.vision_transformer.ParallelScalingBlock(48, 3)
-    with pytest.raises(ValueError, match=r"ParallelScalingBlock blocks\.1 of VisionTransformer stands among blocks"):
+    model.blocks[1] = timm.models.vision_transformer.ParallelThingsBlock(48, 3)
+    with pytest.raises(ValueError, match=r"ParallelThingsBlock blocks\.1 of VisionTransformer stands among blocks"):
         fastvit.attention_maps(model, images())
 
 

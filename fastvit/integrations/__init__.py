@@ -1,8 +1,9 @@
 """Adapters for other people's Vision Transformers, one file per library.
 
 An adapter is a module with ``plan(module, options, parent)``: a :class:`Plan` that binds a fused forward, a sentence
-that says why this module is left alone, or None for a module it knows nothing about. It may have ``attended(module)``,
-too: how to read a block's attention even where the block cannot be fused, an :class:`Attended` or None.
+that says why this module is left alone, or None for a module it knows nothing about. It may have
+``attention_of(module)``, too: how to read a block's attention even where the block cannot be fused, an
+:class:`Attended` or None.
 """
 
 import importlib
@@ -54,13 +55,13 @@ class Plan:
 
 
 class Attended(NamedTuple):
-    """A pre-norm block's attention.
+    """A block's attention.
 
-    parts: reads the norm in front of it, and itself, off the block.
+    parts: reads the norm in front of it, None where there is none, and itself, off the block.
     call: as in :class:`Plan`; None: a block is called as timm's are, ``(x, attn_mask=None, is_causal=False)``.
     """
 
-    parts: Callable[[Any], tuple[Norm, AttentionParts]]
+    parts: Callable[[Any], tuple[Norm | None, AttentionParts]]
     call: Callable[..., BlockCall | None] | None = None
 
 

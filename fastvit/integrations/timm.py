@@ -4,17 +4,17 @@ from typing import Any
 
 import timm.layers
 import timm.models.vision_transformer as vit
-from torch import Tensor, nn
+from torch import nn
 
 from ..fused import BLOCK_OPS, fused_block, fused_blocks, has_hooks
-from ..parts import AttentionParts, Norm, attention_parts, block_parts
-from . import Attended, BlockCall, Options, Plan, timm_blocks, timm_layers
+from ..parts import block_parts
+from . import Attended, Options, Plan, timm_blocks, timm_layers
+from .timm_blocks import block_call
 from .timm_layers import (
     why_not_all,
     why_not_attention,
     why_not_kinds,
     why_not_mlp,
-    why_not_norm,
     why_not_plain_attention,
     why_not_plain_mlp,
 )
@@ -34,11 +34,6 @@ def _why_not_block(block: Any, options: Options) -> str | None:
     )
 
 
-def block_call(block: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> BlockCall:
-    """A Block's call."""
-    return BlockCall(x, attn_mask, is_causal)
-
-
 def plan(module: nn.Module, options: Options, parent: nn.Module | None = None) -> Plan | str | None:
     """How to fuse this module, why not, or None when it is none of timm's ViT modules."""
     found = _plan(module, options)
@@ -47,16 +42,9 @@ def plan(module: nn.Module, options: Options, parent: nn.Module | None = None) -
     return found
 
 
-def attended(module: Any) -> Attended | None:
-    """How to read the attention of a Block."""
-    if not same_forward(module, vit.Block) or why_not_norm(module.norm1):
-        return None
-    return None if why_not_attention(module.attn, vit.Attention) else Attended(norm_and_attention, block_call)
-
-
-def norm_and_attention(block: Any) -> tuple[Norm, AttentionParts]:
-    """Of a Block, whatever its MLP is."""
-    return (block.norm1.weight, block.norm1.bias, block.norm1.eps), attention_parts(block.attn)
+def attention_of(module: nn.Module) -> Attended | None:
+    """How to read the attention of a block."""
+    return timm_blocks.attention_of(module)
 
 
 def _plan(module: Any, options: Options) -> Plan | str | None:

@@ -19,13 +19,14 @@ from ..parts import (
     ABSENT,
     AttentionParts,
     BlockParts,
+    Norm,
     attention_parts,
     block_parts,
     linear_parts,
     mlp_parts,
     norm_parts,
 )
-from . import BlockCall, Options, Plan
+from . import Attended, BlockCall, Options, Plan
 from .timm_layers import (
     DROP_PATHS,
     attended,
@@ -48,6 +49,11 @@ BRANCHES = ("layer_norm", "linear", "attention")
 ROTARY = (eva.EvaAttention, timm.layers.AttentionRope)
 # by name: an older timm has not all of them
 DIFFERENTIAL = ("DiffAttention", "DiffParallelScalingBlock")
+
+
+def block_call(block: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> BlockCall:
+    """A Block's call, or a ParallelScalingBlock's."""
+    return BlockCall(x, attn_mask, is_causal)
 
 
 def why_not_halves(block: Any) -> str | None:
@@ -264,3 +270,44 @@ def plan(module: Any, options: Options) -> Plan | str | None:
         reason = why_not_all(options) or _why_not_parallel(module)
         return reason or Plan(parallel_block_forward, BRANCHES, whole=True)
     return None
+
+
+# pre-norm block, post-norm block, their attention's classes and parts, the meaning of a call
+_ATTENTIONS: tuple[tuple[Any, Any, tuple[type[nn.Module], ...], Any, Any], ...] = (
+    (vit.Block, vit.ResPostBlock, (vit.Attention,), attention_parts, block_call),
+    (eva.EvaBlock, eva.EvaBlockPostNorm, ROTARY, eva_attention_parts, eva_block_call),
+    (beit.Block, (), (beit.Attention,), eva_attention_parts, beit_block_call),
+    (relpos.RelPosBlock, relpos.ResPostRelPosBlock, (relpos.RelPosAttention,), attention_parts, relpos_block_call),
+)
+
+
+def attention_of(block: Any) -> Attended | None:
+    """How to read the attention of a block, whatever else it computes, or None for one that is not known."""
+    for before, behind, attentions, parts, call in _ATTENTIONS:
+        normed = same_forward(block, before)
+        if normed or (behind and same_forward(block, behind)):
+            known = not (normed and why_not_norm(block.norm1)) and not why_not_attention(block.attn, *attentions)
+            return Attended(partial(_norm_and_attention, parts, normed), call) if known else None
+    parallel = same_forward(block, vit.ParallelScalingBlock) and not _why_not_parallel(block)
+    return Attended(parallel_attention_parts, block_call) if parallel else None
+
+
+def _norm_and_attention(parts: Any, normed: bool, block: Any) -> tuple[Norm | None, AttentionParts]:
+    norm = block.norm1
+    return (norm.weight, norm.bias, norm.eps) if normed else None, parts(block.attn)
+
+
+def parallel_attention_parts(block: Any) -> tuple[Norm | None, AttentionParts]:
+    """Of a ParallelScalingBlock, whose first projection makes the MLP's hidden layer in front of q, k and v."""
+    (weight, bias), width = linear_parts(block.in_proj), block.in_split[0]
+    return norm_parts(block.in_norm), AttentionParts(
+        (weight[width:],),
+        (None if bias is None else bias[width:],),
+        block.num_heads,
+        block.scale,
+        norm_parts(block.q_norm),
+        norm_parts(block.k_norm),
+        block.attn_drop.p if block.training else 0.0,
+        linear_parts(block.attn_out_proj if block.out_proj is None else block.out_proj),
+        ABSENT,
+    )

@@ -106,7 +106,7 @@ def plan(module: nn.Module, options: Options, parent: nn.Module | None = None) -
     return found
 
 
-def attended(module: Any) -> Attended | None:
+def attention_of(module: Any) -> Attended | None:
     """How to read the attention of an EncoderBlock."""
     if not same_forward(module, vit.EncoderBlock) or why_not_norm(module.ln_1):
         return None

@@ -322,7 +322,7 @@ def plan(module: nn.Module, options: Options, parent: nn.Module | None = None) -
     return found
 
 
-def attended(module: Any) -> Attended | None:
+def attention_of(module: Any) -> Attended | None:
     """How to read the attention of an encoder layer."""
     family = _LAYERS.get(_name(module))
     if family is None or not (hasattr(module, family.norm1) and hasattr(module, family.attention)):
