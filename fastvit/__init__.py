@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops
 from .backends import BackendError, backend, is_available
+from .checkpoints import CheckpointError, convert_file, convert_state_dict, load_checkpoint
 from .config import PRESETS, ViTConfig
 from .cuda_graph import graph
 from .drop_in import accelerate, accelerated, report, restore
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "BackendError",
+    "CheckpointError",
     "ViTConfig",
     "VisionTransformer",
     "accelerate",
@@ -28,10 +30,13 @@ __all__ = [
     "analysis",
     "attention_maps",
     "backend",
+    "convert_file",
+    "convert_state_dict",
     "create_model",
     "graph",
     "is_available",
     "list_models",
+    "load_checkpoint",
     "ops",
     "quantize",
     "report",

@@ -2,12 +2,14 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
+from .checkpoints import load_checkpoint
 from .config import POOLINGS, PRESETS, Size, ViTConfig, override, preset
 from .fused import fused_blocks
 from .initialize import initialize
@@ -116,7 +118,7 @@ class VisionTransformer(nn.Module):
 
     def _block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, attn_mask, is_causal, use_reentrant=False)
+            return recompute(block, x, attn_mask, is_causal, use_reentrant=False)
         return block(x, attn_mask, is_causal)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -235,17 +237,25 @@ class VisionTransformer(nn.Module):
         }
 
 
-def create_model(name: str, *, device=None, dtype=None, **options: Any) -> VisionTransformer:
+def create_model(
+    name: str, checkpoint: str | PathLike[str] | None = None, *, device=None, dtype=None, **options: Any
+) -> VisionTransformer:
     """A Vision Transformer by its timm name, e.g. ``create_model("vit_base_patch16_224", num_classes=10)``.
 
     Args:
         name: one of :func:`list_models`.
+        checkpoint: a file or directory for :func:`fastvit.load_checkpoint`, which has the options that files may need.
+            If ``num_classes`` is given and the file has a head for another number, the model's stays as initialised.
         options: any option of :class:`fastvit.ViTConfig`.
 
     Raises:
-        ValueError: an unknown name (the message lists close ones) or an option out of range; TypeError: unknown option.
+        ValueError: an unknown name (the message lists close ones), an option out of range, or a checkpoint that does
+            not fit; TypeError: unknown option.
     """
-    return VisionTransformer(preset(name), device=device, dtype=dtype, **options)
+    model = VisionTransformer(preset(name), device=device, dtype=dtype, **options)
+    if checkpoint is None:
+        return model
+    return load_checkpoint(model, checkpoint, drop_head="num_classes" in options)
 
 
 def list_models() -> list[str]:

@@ -14,12 +14,16 @@ def resample_positions(
     num_prefix_tokens: int = 1,
     interpolation: str = "bicubic",
     antialias: bool = True,
+    align_corners: bool | None = None,
+    offset: float = 0.0,
 ) -> Tensor:
     """Interpolate a position table in 2-D, as timm does (paper, section 3.2); prefix rows stay as they are.
 
     Args:
         table: (1, prefix + old height·width, D).
         new_grid, old_grid: (height, width) in patches; None assumes a square old grid.
+        interpolation, antialias, align_corners: as in torch.nn.functional.interpolate.
+        offset: what DINOv2 adds to the new height and width before it takes the scale from them.
 
     Returns:
         (1, prefix + new height·width, D) in the table's dtype, interpolated in fp32.
@@ -31,7 +35,15 @@ def resample_positions(
     if old_grid == new_grid:
         return table
     image = patches.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=new_grid, mode=interpolation, antialias=antialias)
+    scale = [(new + offset) / old for new, old in zip(new_grid, old_grid, strict=True)] if offset else None
+    image = F.interpolate(
+        image,
+        size=None if scale else new_grid,
+        scale_factor=scale,
+        mode=interpolation,
+        align_corners=align_corners,
+        antialias=antialias,
+    )
     patches = image.permute(0, 2, 3, 1).reshape(1, -1, table.shape[-1]).to(table.dtype)
     return torch.cat([prefix, patches], dim=1)
 
