@@ -3,9 +3,12 @@
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
 from models import randomize, timm
 from torch import nn
+
+import fastvit
 
 transformers = pytest.importorskip("transformers")
 vision = pytest.importorskip("torchvision.models.vision_transformer")
@@ -66,3 +69,56 @@ def output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if getattr(found, name, None) is not None:
             return getattr(found, name)
     return found
+
+
+CLIP = {"pre_norm": True, "norm_layer": nn.LayerNorm}
+REGISTERS = {"init_values": 0.1, "num_classes": 0, "reg_tokens": 4, "no_embed_class": True}
+
+
+def ours(**options):
+    return randomize(fastvit.VisionTransformer(**{**TIMM, "num_classes": 5, **options}), seed=8).eval()
+
+
+def distilled(**options):
+    options = {**TIMM, "num_classes": 5, **options}
+    return randomize(timm.create_model("deit_tiny_distilled_patch16_224", **options)).eval()
+
+
+def clip_with_head():
+    model = timm_vit(num_classes=20, **CLIP)
+    nn.init.zeros_(model.head.bias)
+    return model
+
+
+def vit_hf(**options):
+    return hf("ViTForImageClassification", num_labels=5, **options)
+
+
+class Tokens(nn.Module):
+    """A transformers model as its class token's features."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.model = randomize(kind(kind.config_class(**HF), **options)).eval()
+
+    def forward(self, x):
+        return self.model(x).last_hidden_state[:, 0]
+
+
+def inner(model):
+    return model.model if isinstance(model, Tokens) else model
+
+
+def write(model, folder):
+    """A file as the model's own library writes it."""
+    if hasattr(inner(model), "save_pretrained"):
+        save_hf(inner(model), folder)
+        return folder
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def with_gate() -> nn.Module:
+    """DINOv2's giant model has a gated MLP."""
+    gate = {"mlp_ratio": 8 / 3, "mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU}
+    return timm_vit(init_values=0.1, num_classes=0, **gate)

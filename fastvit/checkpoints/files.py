@@ -176,7 +176,7 @@ def checked_shape(shape: Any, name: str) -> tuple[int, ...]:
     """
     if not isinstance(shape, (list, tuple)) or len(shape) > 8 or any(type(s) is not int for s in shape):
         raise CheckpointError(f"fastvit: {name!r} has a shape that is no list of at most 8 sizes")
-    if any(not 0 <= size < 1 << 40 for size in shape) or math.prod(shape) >= 1 << 60:
+    if any(not 0 <= size < 1 << 50 for size in shape) or math.prod(shape) >= 1 << 60:
         raise CheckpointError(f"fastvit: {name!r} claims shape {tuple(shape)}")
     return tuple(shape)
 

@@ -18,6 +18,7 @@ HEADS_OF_WIDTH = {c.embed_dim: c.num_heads for c in PRESETS.values()} | {
     1536: 24,
     1664: 16,
 }
+NEEDED = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
 # flax.linen.gelu is the tanh form; OpenAI's is x·σ(1.702 x)
 ACTIVATIONS = {"npz": "gelu_pytorch_tanh", "openai": "quick_gelu"}
 
@@ -40,6 +41,7 @@ def hf_config(
     Raises:
         CheckpointError: transformers has no such model, or the number of heads is not known.
     """
+    _require_whole(hub)
     kind, architecture, eps = _kind(hub, library)
     own = _settings(config) if config and library == "transformers" else {}
     weight = hub["patch_embed.proj.weight"]
@@ -79,6 +81,21 @@ def hf_config(
     if "pre_logits.fc.weight" in hub:
         found["pooler_output_size"] = shape_of(hub["pre_logits.fc.weight"])[0]
     return found
+
+
+def _require_whole(hub: Mapping[str, Tensor]) -> None:
+    """Every block has what the first one has."""
+    blocks: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, tensor in hub.items():
+        if name.startswith("blocks."):
+            _, number, part = name.split(".", 2)
+            blocks.setdefault(number, {})[part] = shape_of(tensor)
+    missing = [name for name in ("pos_embed", "norm.weight", "norm.bias", *NEEDED) if name not in hub]
+    if missing:
+        raise CheckpointError(f"fastvit: {missing[0]} is missing (timm's name)")
+    for number, parts in blocks.items():
+        if parts != blocks["0"]:
+            raise CheckpointError(f"fastvit: block {number} has other parts or shapes than block 0")
 
 
 def _kind(hub: Mapping[str, Tensor], library: str) -> tuple[str, str, float]:

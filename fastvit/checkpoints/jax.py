@@ -37,7 +37,6 @@ _PARTS = {
 }
 MOST_BLOCKS = 1000
 _ATTENTION = r"(?:Transformer/encoderblock_(\d+)|(MAPHead_0))/MultiHeadDotProductAttention_[01]/(query|key|value|out)"
-_OUTSIDE = ("opt/state/", "txt/", "params/txt/", "opt/target/txt/")
 
 
 def prefixes(names: Mapping[str, Tensor]) -> list[str]:
@@ -60,10 +59,8 @@ def to_timm(state: Mapping[str, Tensor], prefix: str) -> Translated:
     for full, tensor in state.items():
         name = full.removeprefix(prefix)
         if not full.startswith(prefix):
-            if not prefix or full.startswith(_OUTSIDE) or "/" not in full:
-                continue
-            found.left.append(full)
-        elif name.startswith("Transformer/encoderblock/"):  # all blocks in one tensor
+            continue  # a text tower, the optimiser
+        if name.startswith("Transformer/encoderblock/"):  # all blocks in one tensor
             _need(tensor, (2, 3, 4), full)
             if tensor.shape[0] > MOST_BLOCKS:
                 raise CheckpointError(f"fastvit: {full!r} has {tensor.shape[0]} blocks, at most {MOST_BLOCKS} can be")

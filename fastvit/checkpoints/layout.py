@@ -73,6 +73,8 @@ class Translated:
 
     def add(self, names: Sequence[str], tensors: Sequence[Tensor], origin: Sequence[str]) -> None:
         for name, tensor in zip(names, tensors, strict=True):
+            if name in self.tensors:
+                raise CheckpointError(f"fastvit: {origin[0]!r} and {self.origin[name][0]!r} are the same weight")
             self.tensors[name], self.origin[name] = tensor, tuple(origin)
 
     def drop(self, name: str) -> None:

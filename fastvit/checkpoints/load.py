@@ -1,5 +1,6 @@
 """Weights of a file into a model: checked by headers, read, translated, resized, and only then copied."""
 
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -118,7 +119,7 @@ def _checked(
 def _fitted(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: nn.Module, options: Options) -> Fitted:
     """The state of a file as the model wants it; on meta tensors as on real ones."""
     same = {name: shape_of(t) for name, t in state.items()} == {name: shape_of(t) for name, t in wanted.items()}
-    if same and options.src == "auto" and options.source_grid is None:
+    if same and options.src == "auto" and options.source_grid is None and not _may_be_square(wanted, model):
         return Fitted(dict(state), frozenset(state), [], frozenset())
     short = unwrapped(state)
     full = dict(zip(short, state, strict=True))
@@ -136,6 +137,15 @@ def _fitted(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: nn
     strangers = [*done.left, *(hub for made, origin in done.origin.items() if made not in ours for hub in origin)]
     unexpected = [name for hub in strangers for name in found.origin[hub]] + found.left
     return Fitted(ours, frozenset(used), [full[name] for name in dict.fromkeys(unexpected)], frozenset(kept))
+
+
+def _may_be_square(wanted: Mapping[str, Tensor], model: nn.Module) -> bool:
+    """Whether as many patches as the model has make a square that the model has not."""
+    try:
+        grid = grid_of(model, recognise(wanted)[1])
+    except CheckpointError:  # a model of any kind, whose own file this is
+        return False
+    return grid is not None and grid[0] != grid[1] and math.isqrt(grid[0] * grid[1]) ** 2 == grid[0] * grid[1]
 
 
 def _without_head(found: Translated, goal: Translated) -> set[str]:
