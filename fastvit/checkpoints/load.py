@@ -69,19 +69,20 @@ def load_checkpoint(
     """
     options = _checked(model, src, strict, interpolation, source_grid, drop_head)
     source = open_checkpoint(path, weights_only)
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    bare = _bare(model)
+    wanted = {name: tensor for name, tensor in bare.state_dict().items() if isinstance(tensor, Tensor)}
     if any(tensor.is_meta for tensor in wanted.values()):
         raise ValueError("fastvit.load_checkpoint: model is on the meta device and has no memory; use model.to_empty()")
     try:
         headers = source.headers()
-        plan = _fitted(headers, wanted, model, options)
-        _complain(plan, wanted, type(model).__name__, strict)
+        plan = _fitted(headers, wanted, bare, options)
+        _complain(plan, wanted, type(bare).__name__, strict)
         # what is not used stays a header, so that the second translation takes the same ways as the first
-        done = _fitted({**headers, **source.read(sorted(plan.used))}, wanted, model, options)
+        done = _fitted({**headers, **source.read(sorted(plan.used))}, wanted, bare, options)
     except CheckpointError as error:
         reason = str(error).removeprefix("fastvit: ")
         raise CheckpointError(f"fastvit.load_checkpoint: {source.path}: {reason}") from error
-    model.load_state_dict(done.tensors, strict=False)
+    bare.load_state_dict(done.tensors, strict=False)
     return model
 
 
@@ -93,6 +94,15 @@ class Fitted:
     used: frozenset[str]
     unexpected: list[str]
     kept: frozenset[str]  # of the model, which stay as they are
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """Without the wrappers of DistributedDataParallel and torch.compile."""
+    for name in ("module", "_orig_mod"):
+        children = dict(model.named_children())
+        if list(children) == [name]:
+            return _bare(children[name])
+    return model
 
 
 def _checked(

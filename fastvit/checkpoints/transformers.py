@@ -9,7 +9,10 @@ from .layout import Layout, Rule, rules
 
 _QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 _QKV_ON_DISK = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
-_TEXT = ("text_model.", "text_projection", "logit_scale", "logit_bias", "language_model.", "multi_modal_projector.")
+_TEXT = (
+    *("text_model.", "text_projection", "logit_scale", "logit_bias", "language_model.", "multi_modal_projector."),
+    *("model.language_model.", "model.multi_modal_projector.", "lm_head."),
+)
 
 
 def _each(block: str, names: tuple[str, ...]) -> tuple[str, ...]:
