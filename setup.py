@@ -8,7 +8,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -91,7 +91,7 @@ sources = [str(p) for kind in ("*.cpp", "*.cu") for p in CSRC.rglob(kind) if BUI
 # An install survives a compilation that fails, with a warning; who asks for the extension by name hears the error.
 extension = Extension("fastvit._C", sorted(sources), optional=not REQUESTED and "build_ext" not in sys.argv)
 setup(
-    packages=["fastvit", *(f"fastvit.{p}" for p in ("ops", "checkpoints", "integrations", "kernels", "benchmarks"))],
+    packages=[*find_packages(include=["fastvit*"]), "fastvit.kernels", "fastvit.benchmarks"],
     package_data={"fastvit": ["py.typed"]},
     package_dir={"fastvit.kernels": "kernels", "fastvit.benchmarks": "benchmarks"},
     ext_modules=[extension] if BUILD != "none" else [],

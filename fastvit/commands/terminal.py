@@ -1,0 +1,98 @@
+"""What the commands share: how options are checked, how progress is shown, how a request is refused."""
+
+import difflib
+import importlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import rich.console
+import rich.progress
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+class UsageError(Exception):
+    """A request that cannot be served; its message is printed without a traceback."""
+
+
+def benchmarks(module: str) -> Any:
+    """A module of the benchmark suite, which costs a second to import and is a folder type checkers do not see."""
+    return importlib.import_module(f"fastvit.benchmarks.{module}")
+
+
+def split_commas(values: Iterable[str] | None) -> list[str]:
+    """The parts of an option that was repeated, or given as one value with commas."""
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def checked_names(values: Iterable[str] | None, valid: Sequence[str], kind: str) -> list[str]:
+    """The names that were asked for, each checked; a wrong one is answered with the close or the valid ones."""
+    names = list(dict.fromkeys(split_commas(values)))
+    for name in names:
+        if name not in valid:
+            close = difflib.get_close_matches(name, valid, n=4, cutoff=0.5)
+            hint = f"did you mean {', '.join(close)}?" if close and len(valid) > 8 else f"expected {', '.join(valid)}"
+            raise UsageError(f"unknown {kind} {name!r}: {hint}")
+    return names
+
+
+def backend_names() -> list[str]:
+    """What --backend takes."""
+    from fastvit import backends
+
+    return ["auto", *backends.BACKENDS]
+
+
+def checked_positives(values: Iterable[str] | None, kind: str) -> list[int]:
+    """The numbers that were asked for, each at least 1."""
+    wrong = [text for text in split_commas(values) if not text.isdecimal() or int(text) < 1]
+    if wrong:
+        raise UsageError(f"{kind} must be a positive whole number, got {wrong[0]!r}")
+    return list(dict.fromkeys(int(text) for text in split_commas(values)))
+
+
+def torch_device(name: str) -> Any:
+    """The device of that name; "" is a GPU where torch has one."""
+    import torch
+
+    if name not in ("", "cpu", "cuda"):
+        raise UsageError(f"unknown device {name!r}: expected cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device cuda: torch finds no usable GPU")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextmanager
+def as_usage_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds, raised inside, become a UsageError with the same words."""
+    try:
+        yield
+    except kinds as error:
+        raise UsageError(str(error)) from None
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[float, str, str], None]]:
+    """A bar on stderr while stderr is a terminal; yields show(how many of the total are done, what now, stage)."""
+    console = rich.console.Console(stderr=True)
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(bar_width=24),
+        rich.progress.TextColumn("{task.fields[stage]}"),
+        rich.progress.TimeElapsedColumn(),
+    )
+    with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("starting", total=float(total), stage="")
+
+        def show(done: float, doing: str, stage: str = "") -> None:
+            bar.update(task, completed=done, description=doing, stage=stage)
+
+        yield show
+
+
+def finite(value: object) -> object:
+    """The value, or None in place of a number that JSON does not know."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
