@@ -50,6 +50,8 @@ def bench(
     """
     import torch
 
+    from fastvit import images as pictures
+
     cases, photos, charts, tables = map(benchmarks, ("cases", "images", "plot", "rows"))
     suite, table, engines, measure = map(benchmarks, ("suite", "table", "engines", "measure"))
 
@@ -68,7 +70,7 @@ def bench(
             tables.read(csv)
         if plot is not None:
             charts.check_target(plot)
-        files = photos.list_images(images) if images else photos.photographs()
+        files = pictures.list_images(images) if images else photos.photographs()
     options = suite.Options(
         device=place,
         backends=chosen,
@@ -90,7 +92,7 @@ def bench(
         left_out.update(measured.left_out)
         return measured.rows
 
-    with as_usage_errors(photos.ImageError):
+    with as_usage_errors(pictures.ImageError):
         rows = _measure([case.title for case in wanted], [functools.partial(run, case) for case in wanted], keep)
     if plot is not None:
         charts.draw(rows, plot)
