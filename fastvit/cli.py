@@ -3,6 +3,7 @@
 Tables and a progress bar in a terminal, plain aligned rows when piped, JSON on request; exit code 0 only on success.
 """
 
+import io
 import os
 import sys
 from typing import NoReturn
@@ -16,16 +17,19 @@ except ImportError as missing:
     ) from None
 
 from .commands.bench import bench, bench_ops
+from .commands.classify import classify
 from .commands.info import info
 from .commands.terminal import UsageError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Fused Vision Transformers.")
-for command in (info, bench, bench_ops):
+for command in (info, classify, bench, bench_ops):
     app.command()(command)
 
 
 def main() -> NoReturn:
     """Run the command line and leave with its exit code: 0 success, 1 failure, 2 wrong usage, 130 interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an encoding without the letters of a label prints the others
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

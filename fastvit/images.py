@@ -4,7 +4,7 @@ import glob
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,21 @@ class Preprocessing:
             Image.Resampling(resample).name.lower(),
             _divisor(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0,
         )
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of what comes out; None where that depends on the image."""
+        return self.crop or (self.resize if isinstance(self.resize, tuple) else None)
+
+    def at(self, side: int) -> "Preprocessing":
+        """The same for a square of another side; a crop keeps its share of the image."""
+        if self.crop is None:
+            return replace(self, resize=(side, side) if isinstance(self.resize, tuple) else side, crop=(side, side))
+        if isinstance(self.resize, tuple):
+            height, width = (max(side, round(side * r / c)) for r, c in zip(self.resize, self.crop, strict=True))
+            return replace(self, resize=(height, width), crop=(side, side))
+        short = side if self.resize is None else max(side, round(side * self.resize / min(self.crop)))
+        return replace(self, resize=short, crop=(side, side))
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         if self.resize is not None:

@@ -84,13 +84,20 @@ def progress(total: int) -> Iterator[Callable[[float, str, str], None]]:
         rich.progress.TextColumn("{task.fields[stage]}"),
         rich.progress.TimeElapsedColumn(),
     )
-    with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    # stdout may be a pipe, and what is printed there meanwhile must go there
+    options = {"transient": True, "redirect_stdout": False, "disable": not console.is_terminal}
+    with rich.progress.Progress(*columns, console=console, **options) as bar:
         task = bar.add_task("starting", total=float(total), stage="")
 
         def show(done: float, doing: str, stage: str = "") -> None:
             bar.update(task, completed=done, description=doing, stage=stage)
 
         yield show
+
+
+def printable(text: object) -> str:
+    """A file's name or a label on one line, whatever is in it: no control characters, no broken encoding."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in str(text))
 
 
 def finite(value: object) -> object:

@@ -1,0 +1,171 @@
+"""The model of a command: by name with its checkpoint, or a directory saved by transformers; and how it sees images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .terminal import UsageError, as_usage_errors, backend_names, benchmarks, checked_names, torch_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastvit.images import Preprocessing
+
+DEFAULT_MODEL = "vit_base_patch16_224"
+
+ModelName = Annotated[str, typer.Option(help=f"Model name.  [default: {DEFAULT_MODEL}]")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Weights: a file of any known layout, or a directory saved by transformers.")
+]
+RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Do without a checkpoint, to try things out.")]
+NumClasses = Annotated[int, typer.Option(min=0, help="Classes of the head.  [default: one per label, or 1000]")]
+ImgSize = Annotated[int, typer.Option(min=0, help="Side in pixels that the model sees.  [default: its own]")]
+CropPct = Annotated[float, typer.Option(min=0, max=1, help="Share of the shorter side to keep.  [default: timm's]")]
+Mean = Annotated[str, typer.Option(help="Of the channels, in 0..1: one number or R,G,B.  [default: the model's]")]
+Std = Annotated[str, typer.Option(help="Likewise.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Backend = Annotated[str, typer.Option(help="Backend of the ops.  [default: auto]")]
+NoAccelerate = Annotated[bool, typer.Option("--no-accelerate", help="Plain PyTorch, on the reference backend.")]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options that say which model, as they were given: "", 0, 0.0 and None leave the choice to the model."""
+
+    model: str = ""
+    checkpoint: Path | None = None
+    random_weights: bool = False
+    num_classes: int = 0
+    img_size: int = 0
+    crop_pct: float = 0.0
+    mean: str = ""
+    std: str = ""
+    device: str = ""
+    dtype: str = "float32"
+    backend: str = ""
+    no_accelerate: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode on its device, in its dtype, and what belongs to it.
+
+    logits: a call of the model, (B, 3, height, width) -> (B, K). prepare: an image as it sees it. size: (height, width)
+    in pixels. num_classes: K. labels: its own, if it has any. backend: which ops to run it with.
+    """
+
+    name: str
+    model: "torch.nn.Module"
+    logits: Callable[["torch.Tensor"], "torch.Tensor"]
+    prepare: "Preprocessing"
+    size: tuple[int, int]
+    num_classes: int
+    labels: list[str] | None
+    device: "torch.device"
+    dtype: "torch.dtype"
+    backend: str
+
+
+def load(asked: Request, num_classes: int = 0) -> Loaded:
+    """Check the options, then load the model.
+
+    Args:
+        num_classes: what the head has unless the options or a directory say otherwise; 0 leaves 1000.
+
+    Raises:
+        UsageError: an option that is wrong, or a checkpoint that does not fit or is refused, with the reason.
+    """
+    import fastvit
+
+    from . import pretrained
+
+    cases = benchmarks("cases")
+    directory = _check_source(asked)
+    if asked.no_accelerate and asked.backend not in ("", "reference"):
+        raise UsageError("--no-accelerate and --backend exclude each other")
+    mean, std = channels(asked.mean, "mean"), channels(asked.std, "std")
+    names = checked_names([asked.model], fastvit.list_models(), "model")
+    dtypes = checked_names([cases.ALIASES.get(asked.dtype, asked.dtype)], list(cases.DTYPES), "dtype")
+    ways = checked_names([asked.backend], backend_names(), "backend")
+    place = torch_device(asked.device)
+    if directory:
+        loaded = pretrained.load(asked, directory)
+    else:
+        loaded = _by_name(names[0] if names else DEFAULT_MODEL, asked, asked.num_classes or num_classes or 1000)
+    dtype = cases.DTYPES[dtypes[0] if dtypes else "float32"]
+    return replace(
+        loaded,
+        model=loaded.model.eval().to(place, dtype),
+        prepare=replace(loaded.prepare, mean=mean or loaded.prepare.mean, std=std or loaded.prepare.std),
+        device=place,
+        dtype=dtype,
+        backend="reference" if asked.no_accelerate else ways[0] if ways else "auto",
+    )
+
+
+def _check_source(asked: Request) -> Path | None:
+    """The directory to load from, if it is one."""
+    if asked.checkpoint is None:
+        if not asked.random_weights:
+            raise UsageError("--checkpoint is missing; --random-weights does without, for answers that mean nothing")
+        return None
+    if asked.random_weights:
+        raise UsageError("--checkpoint and --random-weights exclude each other")
+    if not asked.checkpoint.exists():
+        raise UsageError(f"{asked.checkpoint}: no such checkpoint")
+    if not asked.checkpoint.is_dir():
+        return None
+    if asked.model or asked.num_classes:
+        raise UsageError(f"{asked.checkpoint}: config.json says which model it is; leave out --model, --num-classes")
+    return asked.checkpoint
+
+
+def channels(text: str, option: str) -> tuple[float, float, float] | None:
+    """A number for each of three channels from "a" or "a,b,c"; None from nothing."""
+    if not text:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 3) or not all(abs(n) < 1e3 and (n > 0 or option == "mean") for n in numbers):
+        raise UsageError(f"{option} must be one number or three separated by commas, got {text!r}")
+    return numbers[0], numbers[-2 % len(numbers)], numbers[-1]
+
+
+def _by_name(name: str, asked: Request, num_classes: int) -> Loaded:
+    import torch
+
+    import fastvit
+    from fastvit.config import pair, preset
+    from fastvit.images import Preprocessing
+
+    config = preset(name)
+    own, patch = pair(config.img_size, "img_size")[0], pair(config.patch_size, "patch_size")[0]
+    size = asked.img_size or own
+    if size % patch:
+        raise UsageError(f"img-size {size} is not divisible by the patches of {name}, {patch}")
+    if asked.checkpoint is None:
+        torch.manual_seed(0)
+        model = fastvit.create_model(name, img_size=size, num_classes=num_classes)
+    else:
+        with as_usage_errors(ValueError, TypeError, RuntimeError, ImportError):
+            model = fastvit.create_model(name, checkpoint=asked.checkpoint, img_size=size, num_classes=num_classes)
+    crop_pct = asked.crop_pct or (0.9 if own <= 224 else 1.0)  # as timm has it for the checkpoints of these models
+    mean, std = config.of_each_channel(config.mean), config.of_each_channel(config.std)
+    return Loaded(
+        name=name,
+        model=model,
+        logits=model,
+        prepare=Preprocessing.of_timm(size, crop_pct, mean, std),
+        size=(size, size),
+        num_classes=num_classes,
+        labels=None,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        backend="auto",
+    )

@@ -1,0 +1,138 @@
+"""A classifier from a directory as transformers saves it: config.json, preprocessor_config.json, model.safetensors."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .labels import as_labels, read_json
+from .models import Loaded, Request
+from .terminal import UsageError, as_usage_errors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastvit.config import ViTConfig
+    from fastvit.images import Preprocessing
+
+WEIGHTS = "model.safetensors"
+# transformers' name of an activation -> ours
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}
+_ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # their positions follow the image
+
+
+def load(asked: Request, directory: Path) -> Loaded:
+    """The model of the directory: a fastvit.VisionTransformer where it is one, else transformers' own, accelerated.
+
+    Raises:
+        UsageError: a file is missing or wrong, or the model classifies nothing.
+    """
+    import torch
+
+    config = read_json(directory / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UsageError(f"{directory / 'config.json'}: expected an object with a model_type")
+    if config.get("num_channels", 3) != 3:
+        raise UsageError(f"{directory}: a model of {config['num_channels']} channels cannot be shown RGB images")
+    prepare = _preprocessing(asked, directory, config)
+    size = prepare.size
+    if size is None:
+        raise UsageError(f"{directory}: it keeps the proportions of an image; give its side in pixels with --img-size")
+    resized = asked.img_size and config["model_type"] == "vit"
+    if size != _image_size(config) and not resized and config["model_type"] not in _ANY_SIZE:
+        raise UsageError(f"{directory}: its images are prepared as {size}, but the model takes {_image_size(config)}")
+    if not any(str(name).endswith("ForImageClassification") for name in config.get("architectures") or ()):
+        raise UsageError(f"{directory}: {config.get('architectures')} does not classify images")
+    ours = vit_config(config, size)
+    model = _ours(ours, directory) if ours is not None else _theirs(directory)
+    return Loaded(
+        name=directory.resolve().name,
+        model=model,
+        logits=model if ours is not None else lambda pixels: model(pixel_values=pixels).logits,
+        prepare=prepare,
+        size=size,
+        num_classes=ours.num_classes if ours is not None else int(model.config.num_labels),
+        labels=as_labels(config["id2label"], directory / "config.json") if "id2label" in config else None,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        backend="auto",
+    )
+
+
+def _image_size(config: dict[str, Any]) -> tuple[int, int]:
+    value = config.get("image_size", 224)
+    sides = value if isinstance(value, list) and len(value) == 2 else [value, value]
+    if not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UsageError(f"config.json: image_size must be one or two numbers of pixels, got {value!r}")
+    return sides[0], sides[1]
+
+
+def _preprocessing(asked: Request, directory: Path, config: dict[str, Any]) -> "Preprocessing":
+    from fastvit.images import Preprocessing
+
+    path = directory / "preprocessor_config.json"
+    if not path.exists() and not (asked.mean and asked.std):
+        raise UsageError(f"{path}: no such file; without it --mean and --std must say how images are normalised")
+    found = read_json(path) if path.exists() else {}
+    height, width = _image_size(config)
+    with as_usage_errors(ValueError, TypeError, AttributeError):
+        prepare = Preprocessing.of_transformers({"size": {"height": height, "width": width}, **found})
+    if asked.crop_pct:
+        side = asked.img_size or (prepare.size or (height, width))[0]
+        return Preprocessing.of_timm(side, asked.crop_pct, prepare.mean, prepare.std, prepare.resample)
+    return prepare.at(asked.img_size) if asked.img_size else prepare
+
+
+def vit_config(config: dict[str, Any], size: tuple[int, int]) -> "ViTConfig | None":
+    """fastvit's options for transformers' configuration of a ViT classifier; None where it is another model."""
+    from fastvit.config import ViTConfig
+
+    if config["model_type"] != "vit" or config.get("hidden_act", "gelu") not in _ACTIVATIONS:
+        return None
+    width = config.get("hidden_size", 768)
+    with as_usage_errors(ValueError, TypeError, ZeroDivisionError):
+        return ViTConfig(
+            img_size=size,
+            patch_size=config.get("patch_size", 16),
+            num_classes=len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2),
+            embed_dim=width,
+            depth=config.get("num_hidden_layers", 12),
+            num_heads=config.get("num_attention_heads", 12),
+            mlp_ratio=(config.get("intermediate_size", 3072) + 0.5) / width,  # rounded down to that size again
+            qkv_bias=config.get("qkv_bias", True),
+            act_layer=_ACTIVATIONS[config.get("hidden_act", "gelu")],
+            norm_eps=config.get("layer_norm_eps", 1e-12),
+            weight_init="skip",
+        )
+
+
+def _ours(config: "ViTConfig", directory: Path) -> "nn.Module":
+    import fastvit
+
+    with as_usage_errors(ValueError, TypeError, RuntimeError, ImportError, OSError):
+        model = fastvit.VisionTransformer(config)
+        fastvit.load_checkpoint(model, directory / WEIGHTS)
+    return model
+
+
+def _theirs(directory: Path) -> "nn.Module":
+    import fastvit
+
+    try:
+        import transformers
+    except ImportError:
+        raise UsageError(f"{directory}: this model needs transformers:  pip install transformers") from None
+    with as_usage_errors(ValueError, RuntimeError, ImportError, OSError):
+        model, told = transformers.AutoModelForImageClassification.from_pretrained(
+            directory, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    absent = sorted(told["missing_keys"])
+    if absent:
+        raise UsageError(f"{directory}: {len(absent)} parameters are not in the checkpoint, {absent[0]} for one")
+    try:
+        return fastvit.accelerate(model)
+    except ValueError:  # a model that fastvit knows nothing about classifies as it is
+        return model
