@@ -132,7 +132,8 @@ class Preprocessing:
 
     resize: the shorter side in pixels, or (height, width) whatever the proportions, or None. crop: (height, width) cut
     from the centre, with black where the image is smaller, or None. mean, std: of each channel, for pixels divided by
-    ``divisor``. resample: the name of PIL's filter, antialiased.
+    ``divisor``. resample: the name of PIL's filter, antialiased. An odd margin of the crop is split as
+    torchvision does, which timm calls, or ``odd_margin_down`` as transformers does.
     """
 
     resize: int | tuple[int, int] | None
@@ -141,6 +142,7 @@ class Preprocessing:
     std: tuple[float, float, float]
     resample: str = "bicubic"
     divisor: float = 255.0
+    odd_margin_down: bool = False
 
     @classmethod
     def of_timm(
@@ -171,9 +173,10 @@ class Preprocessing:
             resize,
             crop,
             _three(config.get("image_mean", 0.5) if normalised else 0.0),
-            _three(config.get("image_std", 0.5) if normalised else 1.0),
+            _positive(_three(config.get("image_std", 0.5) if normalised else 1.0)),
             Image.Resampling(resample).name.lower(),
             _divisor(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0,
+            odd_margin_down=True,
         )
 
     @property
@@ -200,7 +203,8 @@ class Preprocessing:
                 image = image.resize((width, height), Image.Resampling[self.resample.upper()])
         if self.crop is not None:
             height, width = self.crop
-            left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+            rounded = int if self.odd_margin_down else round
+            left, top = rounded((image.width - width) / 2), rounded((image.height - height) / 2)
             image = image.crop((left, top, left + width, top + height))
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float() / self.divisor
         return (pixels - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
@@ -238,6 +242,12 @@ def _divisor(factor: Any) -> float:
     if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
         raise ValueError(f"fastvit.images: rescale_factor must be a positive number, got {factor!r}")
     return 1 / factor
+
+
+def _positive(std: tuple[float, float, float]) -> tuple[float, float, float]:
+    if min(std) <= 0:
+        raise ValueError(f"fastvit.images: std must be positive, got {std!r}")
+    return std
 
 
 def _three(value: Any) -> tuple[float, float, float]:

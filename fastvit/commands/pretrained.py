@@ -1,5 +1,7 @@
 """A classifier from a directory as transformers saves it: config.json, preprocessor_config.json, model.safetensors."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,18 +46,19 @@ def load(asked: Request, directory: Path) -> Loaded:
     resized = asked.img_size and config["model_type"] == "vit"
     if size != _image_size(config) and not resized and config["model_type"] not in _ANY_SIZE:
         raise UsageError(f"{directory}: its images are prepared as {size}, but the model takes {_image_size(config)}")
-    if not any(str(name).endswith("ForImageClassification") for name in config.get("architectures") or ()):
+    if not any("ForImageClassification" in str(name) for name in config.get("architectures") or ()):
         raise UsageError(f"{directory}: {config.get('architectures')} does not classify images")
+    labels = as_labels(config["id2label"], directory / "config.json") if "id2label" in config else None
     ours = vit_config(config, size)
-    model = _ours(ours, directory) if ours is not None else _theirs(directory)
+    model: Any = _ours(ours, directory) if ours is not None else _theirs(directory)
     return Loaded(
         name=directory.resolve().name,
         model=model,
         logits=model if ours is not None else lambda pixels: model(pixel_values=pixels).logits,
         prepare=prepare,
         size=size,
-        num_classes=ours.num_classes if ours is not None else int(model.config.num_labels),
-        labels=as_labels(config["id2label"], directory / "config.json") if "id2label" in config else None,
+        num_classes=ours.num_classes if ours is not None else model.config.num_labels,
+        labels=labels,
         device=torch.device("cpu"),
         dtype=torch.float32,
         backend="auto",
@@ -118,17 +121,35 @@ def _ours(config: "ViTConfig", directory: Path) -> "nn.Module":
     return model
 
 
-def _theirs(directory: Path) -> "nn.Module":
+@contextmanager
+def _silent(logging: Any) -> Iterator[None]:
+    """No bar and no report of transformers' on stderr: what is wrong is said in one line."""
+    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _theirs(directory: Path) -> Any:
     import fastvit
 
     try:
         import transformers
     except ImportError:
         raise UsageError(f"{directory}: this model needs transformers:  pip install transformers") from None
-    with as_usage_errors(ValueError, RuntimeError, ImportError, OSError):
-        model, told = transformers.AutoModelForImageClassification.from_pretrained(
-            directory, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+    options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    with _silent(transformers.utils.logging):
+        try:
+            model, told = transformers.AutoModelForImageClassification.from_pretrained(
+                directory, output_loading_info=True, **options
+            )
+        except Exception as error:  # safetensors, json and every configuration class have errors of their own
+            raise UsageError(f"{directory}: transformers: {(str(error).splitlines() or [repr(error)])[0]}") from None
     absent = sorted(told["missing_keys"])
     if absent:
         raise UsageError(f"{directory}: {len(absent)} parameters are not in the checkpoint, {absent[0]} for one")
