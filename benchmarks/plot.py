@@ -1,18 +1,17 @@
 """A PNG chart from benchmark rows: `python -m fastvit.benchmarks.plot ROWS.csv -o FILE.png`."""
 
 import argparse
-import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from fastvit.figures import check_target, save
 
 from . import rows as rows_module
 from .table import batch_of, variant_of
 
 Row = Mapping[str, object]
 
-FORMATS = (".png", ".svg", ".pdf")
 # Okabe and Ito's palette, told apart by readers with any colour vision; eager is grey because it is the yardstick
 _COLOURS = {"eager": "#8c8c8c", "compile": "#E69F00", "fastvit": "#0072B2", "fastvit-reference": "#CC79A7"}
 _OTHERS = {"fastvit-cpu": "#56B4E9", "fastvit-triton": "#009E73", "fastvit-cuda": "#D55E00"}
@@ -21,23 +20,7 @@ _BAR_INCHES, _TITLE_INCHES = 0.34, 0.62
 
 
 class PlotError(ValueError):
-    """There is nothing to draw, or it cannot be drawn."""
-
-
-def check_target(path: str | Path) -> Path:
-    """Check before measuring that a chart can be drawn to this path.
-
-    Raises:
-        PlotError: matplotlib is missing, or the suffix is none of png, svg, pdf.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise PlotError(f"{path}: a chart is written as {', '.join(FORMATS)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise PlotError('charts need matplotlib:  pip install "fastvit[bench]"') from None
-    return path
+    """There is nothing to draw."""
 
 
 def draw(rows: Sequence[Row], path: str | Path) -> Path:
@@ -47,24 +30,13 @@ def draw(rows: Sequence[Row], path: str | Path) -> Path:
     logits were wrong has no bar, only the word FAILED.
 
     Raises:
-        PlotError: no rows, matplotlib is missing, or an unknown suffix.
+        PlotError: no rows. FigureError: matplotlib is missing, or an unknown suffix.
     """
     path = check_target(path)
     panels = _panels(rows_module.of_level(rows, rows_module.MODEL))
     if not panels:
         raise PlotError("no rows to draw")
-    figure = _figure(panels)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        figure.savefig(temporary, dpi=160)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
+    return save(_figure(panels), path)
 
 
 def _panels(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:

@@ -16,13 +16,15 @@ except ImportError as missing:
         f'fastvit: the command line needs typer and rich ({missing}); install them with:  pip install "fastvit[cli]"'
     ) from None
 
+from .commands.attention import attention
 from .commands.bench import bench, bench_ops
 from .commands.classify import classify
+from .commands.convert import convert
 from .commands.info import info
 from .commands.terminal import UsageError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Fused Vision Transformers.")
-for command in (info, classify, bench, bench_ops):
+for command in (info, classify, attention, convert, bench, bench_ops):
     app.command()(command)
 
 

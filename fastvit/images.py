@@ -195,6 +195,11 @@ class Preprocessing:
         return replace(self, resize=short, crop=(side, side))
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(self.picture(image), dtype=np.uint8)).permute(2, 0, 1).float() / self.divisor
+        return (pixels - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
+
+    def picture(self, image: Image.Image) -> Image.Image:
+        """The image resized and cropped: what the model sees, before it is normalised."""
         if self.resize is not None:
             height, width = self.resize if isinstance(self.resize, tuple) else _shorter_side(image.size, self.resize)
             if height * width > MAX_PIXELS:
@@ -206,8 +211,7 @@ class Preprocessing:
             rounded = int if self.odd_margin_down else round
             left, top = rounded((image.width - width) / 2), rounded((image.height - height) / 2)
             image = image.crop((left, top, left + width, top + height))
-        pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float() / self.divisor
-        return (pixels - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
+        return image
 
     def read(self, path: Path) -> torch.Tensor:
         """The model's input (3, height, width), fp32, from an image file.

@@ -50,7 +50,7 @@ def bench(
     """
     import torch
 
-    from fastvit import images as pictures
+    from fastvit import figures, images as pictures
 
     cases, photos, charts, tables = map(benchmarks, ("cases", "images", "plot", "rows"))
     suite, table, engines, measure = map(benchmarks, ("suite", "table", "engines", "measure"))
@@ -69,7 +69,7 @@ def bench(
         if csv is not None:
             tables.read(csv)
         if plot is not None:
-            charts.check_target(plot)
+            figures.check_target(plot)
         files = pictures.list_images(images) if images else photos.photographs()
     options = suite.Options(
         device=place,

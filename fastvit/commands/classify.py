@@ -39,7 +39,7 @@ def classify(
     labels: Annotated[Path | None, typer.Option(help="Labels: one a line, or JSON.  [default: the numbers]")] = None,
     topk: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 16,
-    num_classes: models.NumClasses = 0,
+    weights_only: models.WeightsOnly = False,
     img_size: models.ImgSize = 0,
     crop_pct: models.CropPct = 0.0,
     mean: models.Mean = "",
@@ -60,7 +60,7 @@ def classify(
         model=model,
         checkpoint=checkpoint,
         random_weights=random_weights,
-        num_classes=num_classes,
+        weights_only=weights_only,
         img_size=img_size,
         crop_pct=crop_pct,
         mean=mean,
@@ -70,7 +70,7 @@ def classify(
         backend=backend,
         no_accelerate=no_accelerate,
     )
-    loaded = models.load(asked, len(named or ()))
+    loaded = models.load(asked)
     named = named or loaded.labels
     if named and len(named) != loaded.num_classes:
         raise UsageError(f"{labels or checkpoint}: {len(named)} labels, but the model has {loaded.num_classes} classes")
@@ -131,9 +131,8 @@ def _softmax(loaded: models.Loaded, pixels: "Sequence[torch.Tensor]") -> "torch.
 
     if not pixels:
         return ()
-    batch = torch.stack(list(pixels)).to(loaded.device, loaded.dtype)
     with torch.inference_mode(), fastvit.backend(loaded.backend):
-        return loaded.logits(batch).float().softmax(-1).cpu()
+        return loaded.logits(torch.stack(list(pixels))).float().softmax(-1).cpu()
 
 
 def _top(path: str, shares: "torch.Tensor", labels: list[str] | None, topk: int) -> list[Guess] | str:

@@ -1,6 +1,5 @@
 """The model of a command: by name with its checkpoint, or a directory saved by transformers; and how it sees images."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +20,9 @@ Checkpoint = Annotated[
     Path | None, typer.Option(help="Weights: a file of any known layout, or a directory saved by transformers.")
 ]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Do without a checkpoint, to try things out.")]
-NumClasses = Annotated[int, typer.Option(min=0, help="Classes of the head.  [default: one per label, or 1000]")]
+WeightsOnly = Annotated[
+    bool, typer.Option("--weights-only", help="Allow a .pt, .pth or .bin, of which only tensors are unpickled.")
+]
 ImgSize = Annotated[int, typer.Option(min=0, help="Side in pixels that the model sees.  [default: its own]")]
 CropPct = Annotated[float, typer.Option(min=0, max=1, help="Share of the shorter side to keep.  [default: timm's]")]
 Mean = Annotated[str, typer.Option(help="Of the channels, in 0..1: one number or R,G,B.  [default: the model's]")]
@@ -39,7 +40,7 @@ class Request:
     model: str = ""
     checkpoint: Path | None = None
     random_weights: bool = False
-    num_classes: int = 0
+    weights_only: bool = False
     img_size: int = 0
     crop_pct: float = 0.0
     mean: str = ""
@@ -54,13 +55,14 @@ class Request:
 class Loaded:
     """A model in eval mode on its device, in its dtype, and what belongs to it.
 
-    logits: a call of the model, (B, 3, height, width) -> (B, K). prepare: an image as it sees it. size: (height, width)
-    in pixels. num_classes: K. labels: its own, if it has any. backend: which ops to run it with.
+    keyword: what the model calls its images, "" where they come first and logits (B, K) are returned as they are.
+    prepare: an image as it sees it. size: (height, width) in pixels. num_classes: K, 0 without a head. labels: its own,
+    if it has any. backend: which ops to run it with.
     """
 
     name: str
     model: "torch.nn.Module"
-    logits: Callable[["torch.Tensor"], "torch.Tensor"]
+    keyword: str
     prepare: "Preprocessing"
     size: tuple[int, int]
     num_classes: int
@@ -69,12 +71,22 @@ class Loaded:
     dtype: "torch.dtype"
     backend: str
 
+    def inputs(self, pixels: "torch.Tensor") -> "torch.Tensor | dict[str, torch.Tensor]":
+        """Images (B, 3, height, width) as the model takes them: alone, or by name."""
+        pixels = pixels.to(self.device, self.dtype)
+        return {self.keyword: pixels} if self.keyword else pixels
 
-def load(asked: Request, num_classes: int = 0) -> Loaded:
+    def logits(self, pixels: "torch.Tensor") -> "torch.Tensor":
+        """Images (B, 3, height, width) to logits (B, K)."""
+        given = self.inputs(pixels)
+        return self.model(**given).logits if isinstance(given, dict) else self.model(given)
+
+
+def load(asked: Request, classifier: bool = True) -> Loaded:
     """Check the options, then load the model.
 
     Args:
-        num_classes: what the head has unless the options or a directory say otherwise; 0 leaves 1000.
+        classifier: refuse weights without a head.
 
     Raises:
         UsageError: an option that is wrong, or a checkpoint that does not fit or is refused, with the reason.
@@ -93,9 +105,9 @@ def load(asked: Request, num_classes: int = 0) -> Loaded:
     ways = checked_names([asked.backend], backend_names(), "backend")
     place = torch_device(asked.device)
     if directory:
-        loaded = pretrained.load(asked, directory)
+        loaded = pretrained.load(asked, directory, classifier)
     else:
-        loaded = _by_name(names[0] if names else DEFAULT_MODEL, asked, asked.num_classes or num_classes or 1000)
+        loaded = _by_name(names[0] if names else DEFAULT_MODEL, asked, classifier)
     dtype = cases.DTYPES[dtypes[0] if dtypes else "float32"]
     return replace(
         loaded,
@@ -119,8 +131,8 @@ def _check_source(asked: Request) -> Path | None:
         raise UsageError(f"{asked.checkpoint}: no such checkpoint")
     if not asked.checkpoint.is_dir():
         return None
-    if asked.model or asked.num_classes:
-        raise UsageError(f"{asked.checkpoint}: config.json says which model it is; leave out --model, --num-classes")
+    if asked.model:
+        raise UsageError(f"{asked.checkpoint}: its config.json says which model it is; leave out --model")
     return asked.checkpoint
 
 
@@ -137,7 +149,7 @@ def channels(text: str, option: str) -> tuple[float, float, float] | None:
     return numbers[0], numbers[-2 % len(numbers)], numbers[-1]
 
 
-def _by_name(name: str, asked: Request, num_classes: int) -> Loaded:
+def _by_name(name: str, asked: Request, classifier: bool) -> Loaded:
     import torch
 
     import fastvit
@@ -151,21 +163,41 @@ def _by_name(name: str, asked: Request, num_classes: int) -> Loaded:
         raise UsageError(f"img-size {size} is not divisible by the patches of {name}, {patch}")
     if asked.checkpoint is None:
         torch.manual_seed(0)
-        model = fastvit.create_model(name, img_size=size, num_classes=num_classes)
+        model = fastvit.create_model(name, img_size=size)
     else:
-        with as_usage_errors(ValueError, TypeError, RuntimeError, ImportError):
-            model = fastvit.create_model(name, checkpoint=asked.checkpoint, img_size=size, num_classes=num_classes)
+        head = _head(asked.checkpoint, asked.weights_only)
+        if classifier and not head["num_classes"]:
+            raise UsageError(f"{asked.checkpoint}: the weights of a model without a head, which does not classify")
+        model = fastvit.create_model(name, img_size=size, weight_init="skip", **head)
+        with as_usage_errors(ValueError, OSError, RuntimeError, ImportError):
+            fastvit.load_checkpoint(model, asked.checkpoint, weights_only=asked.weights_only or None)
     crop_pct = asked.crop_pct or (0.9 if own <= 224 else 1.0)  # as timm has it for the checkpoints of these models
     mean, std = config.of_each_channel(config.mean), config.of_each_channel(config.std)
     return Loaded(
         name=name,
         model=model,
-        logits=model,
+        keyword="",
         prepare=Preprocessing.of_timm(size, crop_pct, mean, std),
         size=(size, size),
-        num_classes=num_classes,
+        num_classes=model.num_classes,
         labels=None,
         device=torch.device("cpu"),
         dtype=torch.float32,
         backend="auto",
     )
+
+
+def _head(path: Path, weights_only: bool) -> dict[str, int | None]:
+    """The head of a checkpoint as options of a model: how many classes, and how wide the layer before it."""
+    from fastvit.checkpoints.convert import translate, unwrapped
+    from fastvit.checkpoints.files import open_checkpoint
+
+    try:
+        found, _, _ = translate(unwrapped(open_checkpoint(path, weights_only or None).headers()))
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        raise UsageError(f"{path}: {error}".replace("weights_only=True", "--weights-only")) from None
+    head, before = found.tensors.get("head.weight"), found.tensors.get("pre_logits.fc.weight")
+    return {
+        "num_classes": 0 if head is None else head.shape[0],
+        "representation_size": None if before is None else before.shape[0],
+    }

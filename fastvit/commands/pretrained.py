@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from fastvit.config import ViTConfig
     from fastvit.images import Preprocessing
 
-WEIGHTS = "model.safetensors"
 # transformers' name of an activation -> ours
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -26,38 +25,40 @@ _ACTIVATIONS = {
 _ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # their positions follow the image
 
 
-def load(asked: Request, directory: Path) -> Loaded:
+def load(asked: Request, directory: Path, classifier: bool) -> Loaded:
     """The model of the directory: a fastvit.VisionTransformer where it is one, else transformers' own, accelerated.
 
     Raises:
-        UsageError: a file is missing or wrong, or the model classifies nothing.
+        UsageError: a file is missing or wrong, or the model classifies nothing and a ``classifier`` is wanted.
     """
     import torch
 
     config = read_json(directory / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UsageError(f"{directory / 'config.json'}: expected an object with a model_type")
-    if config.get("num_channels", 3) != 3:
-        raise UsageError(f"{directory}: a model of {config['num_channels']} channels cannot be shown RGB images")
-    prepare = _preprocessing(asked, directory, config)
+    kind, names = config["model_type"], config.get("architectures") or ()
+    headed = any("ForImageClassification" in str(name) for name in names)
+    if classifier and not headed:
+        raise UsageError(f"{directory}: {', '.join(map(str, names)) or kind} does not classify images")
+    tower = config["vision_config"] if isinstance(config.get("vision_config"), dict) else config
+    if tower.get("num_channels", 3) != 3:
+        raise UsageError(f"{directory}: a model of {tower['num_channels']} channels cannot be shown RGB images")
+    prepare = _preprocessing(asked, directory, tower)
     size = prepare.size
     if size is None:
         raise UsageError(f"{directory}: it keeps the proportions of an image; give its side in pixels with --img-size")
-    resized = asked.img_size and config["model_type"] == "vit"
-    if size != _image_size(config) and not resized and config["model_type"] not in _ANY_SIZE:
-        raise UsageError(f"{directory}: its images are prepared as {size}, but the model takes {_image_size(config)}")
-    if not any("ForImageClassification" in str(name) for name in config.get("architectures") or ()):
-        raise UsageError(f"{directory}: {config.get('architectures')} does not classify images")
+    if size != _image_size(tower) and not (asked.img_size and kind == "vit") and kind not in _ANY_SIZE:
+        raise UsageError(f"{directory}: its images are prepared as {size}, but the model takes {_image_size(tower)}")
     labels = as_labels(config["id2label"], directory / "config.json") if "id2label" in config else None
-    ours = vit_config(config, size)
-    model: Any = _ours(ours, directory) if ours is not None else _theirs(directory)
+    ours = vit_config(config, size) if headed else None
+    model: Any = _ours(ours, directory) if ours is not None else _theirs(directory, headed)
     return Loaded(
         name=directory.resolve().name,
         model=model,
-        logits=model if ours is not None else lambda pixels: model(pixel_values=pixels).logits,
+        keyword="" if ours is not None else "pixel_values",
         prepare=prepare,
         size=size,
-        num_classes=ours.num_classes if ours is not None else model.config.num_labels,
+        num_classes=0 if not headed else ours.num_classes if ours is not None else model.config.num_labels,
         labels=labels,
         device=torch.device("cpu"),
         dtype=torch.float32,
@@ -117,7 +118,7 @@ def _ours(config: "ViTConfig", directory: Path) -> "nn.Module":
 
     with as_usage_errors(ValueError, TypeError, RuntimeError, ImportError, OSError):
         model = fastvit.VisionTransformer(config)
-        fastvit.load_checkpoint(model, directory / WEIGHTS)
+        fastvit.load_checkpoint(model, directory)
     return model
 
 
@@ -135,7 +136,7 @@ def _silent(logging: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _theirs(directory: Path) -> Any:
+def _theirs(directory: Path, headed: bool) -> Any:
     import fastvit
 
     try:
@@ -143,17 +144,17 @@ def _theirs(directory: Path) -> Any:
     except ImportError:
         raise UsageError(f"{directory}: this model needs transformers:  pip install transformers") from None
     options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    auto = transformers.AutoModelForImageClassification if headed else transformers.AutoModel
     with _silent(transformers.utils.logging):
         try:
-            model, told = transformers.AutoModelForImageClassification.from_pretrained(
-                directory, output_loading_info=True, **options
-            )
+            model, told = auto.from_pretrained(directory, output_loading_info=True, **options)
         except Exception as error:  # safetensors, json and every configuration class have errors of their own
             raise UsageError(f"{directory}: transformers: {(str(error).splitlines() or [repr(error)])[0]}") from None
-    absent = sorted(told["missing_keys"])
+    absent = sorted(name for name in told["missing_keys"] if headed or not name.startswith("pooler."))
     if absent:
         raise UsageError(f"{directory}: {len(absent)} parameters are not in the checkpoint, {absent[0]} for one")
+    tower = model if headed else getattr(model, "vision_model", model)
     try:
-        return fastvit.accelerate(model)
-    except ValueError:  # a model that fastvit knows nothing about classifies as it is
-        return model
+        return fastvit.accelerate(tower)
+    except ValueError:  # a model that fastvit knows nothing about runs as it is
+        return tower

@@ -1,0 +1,156 @@
+"""The paper's pictures of what a Vision Transformer learned and looks at, drawn from `fastvit.analysis`' numbers."""
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMATS = (".png", ".svg", ".pdf")
+_GAP = 0.12  # between tiles, as a share of their side
+
+
+class FigureError(ValueError):
+    """Nothing can be drawn, or not to that file."""
+
+
+def check_target(path: str | Path) -> Path:
+    """Check before any work that a figure can be written to this path.
+
+    Raises:
+        FigureError: matplotlib is missing, the suffix is none of png, svg, pdf, or the path is a directory.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise FigureError(f"{path}: a figure is written as {', '.join(FORMATS)}")
+    if path.is_dir():
+        raise FigureError(f"{path}: a directory, not a file to write")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise FigureError('figures need matplotlib:  pip install "fastvit[bench]"') from None
+    return path
+
+
+def save(figure: Any, path: str | Path, dpi: int = 160) -> Path:
+    """Write a matplotlib figure in one step: the file is whole or what it was before."""
+    path = check_target(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        figure.savefig(temporary, dpi=dpi)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def blank(width: float, height: float) -> Any:
+    """An empty matplotlib figure of that size in inches, tied to no window and to no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def overlay(picture: Tensor, weights: Tensor) -> Tensor:
+    """A picture darkened where little attention goes, as in figure 6: picture · weights / max(weights).
+
+    Args:
+        picture: (height, width, 3) in [0, 1].
+        weights: (rows, columns) of the patches, resized bilinearly.
+
+    Returns:
+        (height, width, 3) in [0, 1], fp32.
+    """
+    grid = weights.float()[None, None] / weights.max().clamp_min(torch.finfo(torch.float32).tiny)
+    resized = torch.nn.functional.interpolate(grid, picture.shape[:2], mode="bilinear", align_corners=False)
+    return picture * resized[0, 0, :, :, None]
+
+
+def attention(
+    pictures: Sequence[Tensor], weights: Sequence[Tensor], title: str, patch: tuple[int, int] | None = None
+) -> Any:
+    """Figure 6: each picture (height, width, 3) in [0, 1] beside itself under its weights (rows, columns).
+
+    ``patch`` (row, column) gets a frame.
+    """
+    from matplotlib.patches import Rectangle
+
+    figure = blank(5.2, 2.6 * len(pictures) + 0.4)
+    panels = figure.subplots(len(pictures), 2, squeeze=False)
+    for row, picture, weight in zip(panels, pictures, weights, strict=True):
+        for axes, image in zip(row, (picture, overlay(picture, weight)), strict=True):
+            axes.imshow(image.numpy(), interpolation="nearest")
+            axes.set_axis_off()
+        if patch is not None:
+            tall, wide = picture.shape[0] / weight.shape[0], picture.shape[1] / weight.shape[1]
+            corner = (patch[1] * wide - 0.5, patch[0] * tall - 0.5)
+            row[0].add_patch(Rectangle(corner, wide, tall, fill=False, edgecolor="red", linewidth=1.5))
+    for axes, heading in zip(panels[0], ("input", title), strict=True):
+        axes.set_title(heading, size=9)
+    return figure
+
+
+def positions(similarity: Tensor) -> Any:
+    """Figure 7, centre: for every patch the cosine similarity (rows, columns, rows, columns) of its position to all."""
+    rows, columns = similarity.shape[:2]
+    figure = blank(6.4, 6.4 * rows / columns)
+    axes = figure.subplots()
+    tiles = _tiled(similarity.float().flatten(0, 1).unsqueeze(-1), columns)[:, :, 0]
+    image = axes.imshow(tiles.numpy(), vmin=-1, vmax=1, cmap="viridis", interpolation="nearest")
+    tall, wide = tiles.shape[0] / rows, tiles.shape[1] / columns
+    axes.set_yticks([tall * (i + 0.5) for i in range(rows)], range(1, rows + 1), size=7)
+    axes.set_xticks([wide * (i + 0.5) for i in range(columns)], range(1, columns + 1), size=7)
+    axes.set_ylabel("row of the patch")
+    axes.set_xlabel("column of the patch")
+    axes.set_title("position embeddings: cosine similarity", size=10)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure
+
+
+def filters(components: Tensor) -> Any:
+    """Figure 7, left: the components (n, C, P, Q) in [0, 1] of the embedding's filters, seven in a row."""
+    n, channels = components.shape[:2]
+    if channels not in (1, 3):
+        components = components.mean(1, keepdim=True)
+    columns = min(7, n)
+    tiles = _tiled(components.float().permute(0, 2, 3, 1), columns)
+    figure = blank(6.4, 6.4 * tiles.shape[0] / tiles.shape[1] + 0.4)
+    axes = figure.subplots()
+    axes.imshow(tiles.nan_to_num(1.0).expand(-1, -1, 3).numpy(), interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(f"embedding filters: the first {n} principal components", size=10)
+    return figure
+
+
+def distance(distances: Tensor) -> Any:
+    """Figures 7, right, and 11: the mean attention distance (layers, H) of every head, in pixels, by depth."""
+    figure = blank(6.0, 4.0)
+    axes = figure.subplots()
+    for head in range(distances.shape[1]):
+        axes.scatter(range(1, len(distances) + 1), distances[:, head].tolist(), s=16, color=f"C{head % 10}")
+    axes.set_xlabel("depth (layer)")
+    axes.set_ylabel("mean attention distance (pixels)")
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"attention distance of {distances.shape[1]} heads", size=10)
+    return figure
+
+
+def _tiled(tiles: Tensor, columns: int) -> Tensor:
+    """(n, height, width, C) -> one picture with that many tiles in a row and gaps of NaN between them."""
+    n, height, width, channels = tiles.shape
+    rows, gap = math.ceil(n / columns), max(1, round(_GAP * min(height, width)))
+    page = tiles.new_full((rows * columns, height + gap, width + gap, channels), torch.nan)
+    page[:n, :height, :width] = tiles
+    page = page.unflatten(0, (rows, columns)).transpose(1, 2)
+    return page.reshape(rows * (height + gap), columns * (width + gap), channels)[:-gap, :-gap]
