@@ -109,8 +109,8 @@ def positions(similarity: Tensor) -> Any:
     tiles = _tiled(similarity.float().flatten(0, 1).unsqueeze(-1), columns)[:, :, 0]
     image = axes.imshow(tiles.numpy(), vmin=-1, vmax=1, cmap="viridis", interpolation="nearest")
     tall, wide = tiles.shape[0] / rows, tiles.shape[1] / columns
-    axes.set_yticks([tall * (i + 0.5) for i in range(rows)], range(1, rows + 1), size=7)
-    axes.set_xticks([wide * (i + 0.5) for i in range(columns)], range(1, columns + 1), size=7)
+    axes.set_yticks([tall * (i + 0.5) for i in range(rows)], range(rows), size=7)
+    axes.set_xticks([wide * (i + 0.5) for i in range(columns)], range(columns), size=7)
     axes.set_ylabel("row of the patch")
     axes.set_xlabel("column of the patch")
     axes.set_title("position embeddings: cosine similarity", size=10)
@@ -138,10 +138,10 @@ def distance(distances: Tensor) -> Any:
     figure = blank(6.0, 4.0)
     axes = figure.subplots()
     for head in range(distances.shape[1]):
-        axes.scatter(range(1, len(distances) + 1), distances[:, head].tolist(), s=16, color=f"C{head % 10}")
+        axes.scatter(range(len(distances)), distances[:, head].tolist(), s=16, color=f"C{head % 10}")
     axes.set_xlabel("depth (layer)")
     axes.set_ylabel("mean attention distance (pixels)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * float(distances.max()) or 1.0)
     axes.set_title(f"attention distance of {distances.shape[1]} heads", size=10)
     return figure
 

@@ -9,7 +9,7 @@ import torch
 from fastvit.benchmarks.images import photographs
 from models import randomize, timm
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_cli import run  # noqa: F401  (a fixture)
 from test_images import photo, png_without_pixels
 
@@ -43,7 +43,7 @@ def folder(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> 
 def classify(run, folder: Path):  # noqa: F811
     def call(*arguments: object) -> tuple[int, str, str]:
         fixed = ("--model", NAME, "--checkpoint", folder / "vit.safetensors", "--device", "cpu")
-        return run("classify", *arguments, *fixed, "--num-classes", CLASSES)
+        return run("classify", *arguments, *fixed)
 
     return call
 
@@ -204,7 +204,11 @@ def test_logits_that_are_not_finite_are_no_answer(run, folder: Path, monkeypatch
         (("--random-weights", "--labels", "{folder}/vit.safetensors"), 1, ("vit.safetensors", "not text|allowed")),
         (("--random-weights", "--labels", "{folder}/gap.json"), 1, ("gap.json", "class 1")),
         (("--random-weights", "--labels", "{folder}/text.json"), 1, ("text.json", "not JSON")),
-        (("--random-weights", "--labels", "{folder}/labels.txt", "--num-classes", "3"), 1, ("11 labels", "3 classes")),
+        (("--random-weights", "--labels", "{folder}/labels.txt"), 1, ("11 labels", "1000 classes")),
+        (("--checkpoint", "{folder}/headless.safetensors"), 1, ("headless", "without a head")),
+        (("--checkpoint", "{folder}/labels.txt"), 1, ("labels.txt",)),
+        (("--checkpoint", "{folder}/pickled.pth"), 1, ("pickled.pth", "--weights-only")),
+        (("--checkpoint", "{folder}/vit.safetensors", "--model", "vit_small_patch16_224"), 1, ("(192,", "(384,")),
         (("--checkpoint", "{folder}/none.pth"), 1, ("none.pth", "no such checkpoint")),
         (("--checkpoint", "{folder}/photos"), 1, ("config.json", "No such file")),
         (("--checkpoint", "{folder}", "--model", NAME), 1, ("config.json", "--model")),
@@ -216,6 +220,9 @@ def test_logits_that_are_not_finite_are_no_answer(run, folder: Path, monkeypatch
 def test_wrong_requests_fail_in_one_line(run, folder: Path, arguments, code: int, words) -> None:  # noqa: F811
     (folder / "gap.json").write_text('{"0": "a", "2": "b"}')
     (folder / "text.json").write_text("no json")
+    torch.save({"weight": torch.zeros(3)}, folder / "pickled.pth")
+    weights = load_file(folder / "vit.safetensors")
+    save_file({n: t for n, t in weights.items() if not n.startswith("head.")}, folder / "headless.safetensors")
     model = () if "--model" in arguments or "{folder}/photos" in arguments else ("--model", NAME)
     got, out, err = run("classify", folder / "photos", *(a.format(folder=folder) for a in arguments), *model)
     assert (got, out) == (code, ""), err

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -187,7 +187,7 @@ def _by_name(name: str, asked: Request, classifier: bool) -> Loaded:
     )
 
 
-def _head(path: Path, weights_only: bool) -> dict[str, int | None]:
+def _head(path: Path, weights_only: bool) -> dict[str, Any]:
     """The head of a checkpoint as options of a model: how many classes, and how wide the layer before it."""
     from fastvit.checkpoints.convert import translate, unwrapped
     from fastvit.checkpoints.files import open_checkpoint
