@@ -24,6 +24,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format that hands the file to another program
 _BY_SHORT_EDGE = ("CLIP", "Bit", "ChineseCLIP", "ConvNext", "Levit", "MobileNet")  # what a size of one number is
 
+Numbers = float | Sequence[float]
+
 
 class ImageError(ValueError):
     """One line about a file or a directory that cannot be used."""
@@ -146,7 +148,7 @@ class Preprocessing:
 
     @classmethod
     def of_timm(
-        cls, size: int, crop_pct: float, mean: Sequence[float], std: Sequence[float], resample: str = "bicubic"
+        cls, size: int, crop_pct: float, mean: Numbers, std: Numbers, resample: str = "bicubic"
     ) -> "Preprocessing":
         """Shorter side to floor(size / crop_pct), centre crop: `timm.data.create_transform` for evaluation."""
         return cls(math.floor(size / crop_pct), (size, size), _three(mean), _three(std), resample)

@@ -183,6 +183,15 @@ def test_the_module_runs_and_an_unknown_command_is_refused() -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_help_names_the_commands_and_loads_none_of_what_they_need() -> None:
+    code = "import sys; from fastvit.cli import app; app(['--help'], standalone_mode=False); print(*sys.modules)"
+    *lines, modules = python("-c", code).stdout.splitlines()
+    for command in ("info", "classify", "attention", "convert", "bench", "bench-ops"):
+        assert any(line.split()[:1] == [command] for line in lines), command
+    heavy = {"PIL", "matplotlib", "timm", "transformers", "torchvision", "fastvit.images", "fastvit.figures"}
+    assert not heavy & set(modules.split())
+
+
 def test_without_the_extras_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import runpy, sys; sys.modules['typer'] = None; runpy.run_module('fastvit', run_name='__main__')"
     done = python("-c", code)

@@ -81,6 +81,41 @@ def test_photographs_get_timms_probabilities(classify, model: torch.nn.Module, f
     same(json.loads(out)["images"], expected(model, paths[:1], **other))
 
 
+def test_the_checkpoint_says_which_model_it_is(run, folder: Path) -> None:  # noqa: F811
+    code, out, err = run("classify", folder / "photos", "--checkpoint", folder / "vit.safetensors", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["model"] == NAME
+    large = {name: tensor.clone() for name, tensor in load_file(folder / "vit.safetensors").items()}
+    large["pos_embed"] = torch.randn(1, 24 * 24 + 1, 192)
+    save_file(large, folder / "large.safetensors")
+    code, out, err = run("classify", folder / "photos", "--checkpoint", folder / "large.safetensors", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["model"] == "vit_tiny_patch16_384"
+    del large["blocks.11.norm1.weight"]
+    shallow = {name: tensor for name, tensor in large.items() if ".11." not in name}
+    save_file(shallow, folder / "shallow.safetensors")
+    code, _, err = run("classify", folder / "photos", "--checkpoint", folder / "shallow.safetensors")
+    assert code == 1
+    assert "192 wide and 11 deep" in err
+
+
+@pytest.mark.parity
+def test_torchvisions_weights_come_with_its_preprocessing(run, tmp_path: Path) -> None:  # noqa: F811
+    torchvision = pytest.importorskip("torchvision")
+    theirs = randomize(
+        torchvision.models.VisionTransformer(
+            image_size=224, patch_size=16, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=CLASSES
+        )
+    ).eval()
+    save_file(theirs.state_dict(), tmp_path / "torchvision.safetensors")
+    code, out, err = run("classify", *photographs(), "--checkpoint", tmp_path / "torchvision.safetensors", "--json")
+    assert (code, err) == (0, "")
+    transform = torchvision.transforms._presets.ImageClassification(crop_size=224, resize_size=256)
+    with torch.no_grad():
+        shares = theirs(torch.stack([transform(Image.open(path)) for path in photographs()])).softmax(-1)
+    same(json.loads(out)["images"], shares, 1e-4)
+
+
 def test_a_pipe_gets_aligned_rows_and_a_terminal_a_table(
     classify, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

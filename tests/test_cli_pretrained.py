@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_cli import run  # noqa: F401  (a fixture)
 
+from fastvit import figures
 from fastvit.images import Preprocessing
 
 transformers = pytest.importorskip("transformers")
@@ -167,6 +168,38 @@ def test_a_model_of_transformers_own_is_refused_when_half_of_it_is_missing(run, 
     code, out, err = run("classify", photographs()[0], "--checkpoint", tmp_path, "--device", "cpu")
     assert (code, out) == (1, "")
     assert "classifier.bias" in err
+
+
+def clip():
+    vision = {**SMALL, "intermediate_size": 96}
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    return transformers.CLIPModel(config), transformers.CLIPImageProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}
+    )
+
+
+def bare_dinov2():
+    config = transformers.Dinov2Config(**{**SMALL, "patch_size": 14, "image_size": 70}, mlp_ratio=2)
+    return transformers.Dinov2Model(config), dinov2()[1]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("make", [vit, bare_dinov2, clip])
+def test_the_attention_of_a_saved_model_is_drawn(run, tmp_path: Path, monkeypatch, make) -> None:  # noqa: F811
+    model, processor = save(tmp_path, make)
+    weights: list = []
+    draw = figures.attention
+    monkeypatch.setattr(figures, "attention", lambda *given: weights.append(given[1][0]) or draw(*given))
+    path = photographs()[0]
+    code, _, err = run("attention", path, "-o", tmp_path / "o.png", "--checkpoint", tmp_path, "--device", "cpu")
+    assert (code, err) == (0, "")
+    model = getattr(model, "vision_model", model)
+    model.set_attn_implementation("eager")
+    pixels = processor([Image.open(path)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        row = model(pixel_values=pixels, output_attentions=True).attentions[-1][0, :, 0].mean(0)
+    torch.testing.assert_close(weights[0].flatten(), row[1:], rtol=0.05, atol=1e-3)
 
 
 def test_another_size_and_another_crop_can_be_asked_for(run, tmp_path: Path) -> None:  # noqa: F811

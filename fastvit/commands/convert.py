@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .terminal import Json, UsageError, checked_names
+from .terminal import Json, as_usage_errors, checked_names
 
 LAYOUTS = ("hf", "timm", "torchvision")
 
@@ -25,7 +25,7 @@ def convert(
 ) -> None:
     """Write a checkpoint under the names, and in the order, of another library."""
     layouts = checked_names([to], LAYOUTS, "layout") or ["hf"]
-    try:
+    with as_usage_errors(ValueError, OSError, RuntimeError, ImportError):
         from fastvit.checkpoints import convert_file
 
         told = convert_file(
@@ -37,7 +37,4 @@ def convert(
             num_heads=num_heads or None,
             activation=activation or None,
         )
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        message = str(error).replace("weights_only=True", "--weights-only").replace("overwrite=True", "--overwrite")
-        raise UsageError(message) from None
     print(json_module.dumps({"written": str(target), "summary": told}) if json else told)

@@ -1,5 +1,7 @@
 """The model of a command: by name with its checkpoint, or a directory saved by transformers; and how it sees images."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +16,13 @@ if TYPE_CHECKING:
     from fastvit.images import Preprocessing
 
 DEFAULT_MODEL = "vit_base_patch16_224"
+# layout -> crop_pct, resample, mean and std of the library's own checkpoints, where they are not timm's
+_TRAINED_ON: dict[str, tuple[float, str, Any, Any]] = {
+    "torchvision": (0.875, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "openai": (1.0, "bicubic", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
 
-ModelName = Annotated[str, typer.Option(help=f"Model name.  [default: {DEFAULT_MODEL}]")]
+ModelName = Annotated[str, typer.Option(help="Model name.  [default: what the checkpoint fits]")]
 Checkpoint = Annotated[
     Path | None, typer.Option(help="Weights: a file of any known layout, or a directory saved by transformers.")
 ]
@@ -107,7 +114,7 @@ def load(asked: Request, classifier: bool = True) -> Loaded:
     if directory:
         loaded = pretrained.load(asked, directory, classifier)
     else:
-        loaded = _by_name(names[0] if names else DEFAULT_MODEL, asked, classifier)
+        loaded = _of_file(names[0] if names else "", asked, classifier)
     dtype = cases.DTYPES[dtypes[0] if dtypes else "float32"]
     return replace(
         loaded,
@@ -149,13 +156,17 @@ def channels(text: str, option: str) -> tuple[float, float, float] | None:
     return numbers[0], numbers[-2 % len(numbers)], numbers[-1]
 
 
-def _by_name(name: str, asked: Request, classifier: bool) -> Loaded:
+def _of_file(name: str, asked: Request, classifier: bool) -> Loaded:
+    """A model by its name, or by the shapes of its checkpoint; with the checkpoint's weights or at random."""
     import torch
 
     import fastvit
     from fastvit.config import pair, preset
     from fastvit.images import Preprocessing
 
+    tensors, library = _headers(asked.checkpoint, asked.weights_only) if asked.checkpoint else ({}, "")
+    if not name:
+        name = _preset_of(tensors, str(asked.checkpoint)) if tensors else DEFAULT_MODEL
     config = preset(name)
     own, patch = pair(config.img_size, "img_size")[0], pair(config.patch_size, "patch_size")[0]
     size = asked.img_size or own
@@ -165,19 +176,18 @@ def _by_name(name: str, asked: Request, classifier: bool) -> Loaded:
         torch.manual_seed(0)
         model = fastvit.create_model(name, img_size=size)
     else:
-        head = _head(asked.checkpoint, asked.weights_only)
-        if classifier and not head["num_classes"]:
+        model = fastvit.create_model(name, img_size=size, weight_init="skip", **_head(tensors))
+        if classifier and not model.num_classes:
             raise UsageError(f"{asked.checkpoint}: the weights of a model without a head, which does not classify")
-        model = fastvit.create_model(name, img_size=size, weight_init="skip", **head)
         with as_usage_errors(ValueError, OSError, RuntimeError, ImportError):
             fastvit.load_checkpoint(model, asked.checkpoint, weights_only=asked.weights_only or None)
-    crop_pct = asked.crop_pct or (0.9 if own <= 224 else 1.0)  # as timm has it for the checkpoints of these models
-    mean, std = config.of_each_channel(config.mean), config.of_each_channel(config.std)
+    ours = (0.9 if own <= 224 else 1.0, "bicubic", 0.5, 0.5)  # as timm has it for the checkpoints of these models
+    crop_pct, resample, mean, std = _TRAINED_ON.get(library, ours)
     return Loaded(
         name=name,
         model=model,
         keyword="",
-        prepare=Preprocessing.of_timm(size, crop_pct, mean, std),
+        prepare=Preprocessing.of_timm(size, asked.crop_pct or crop_pct, mean, std, resample),
         size=(size, size),
         num_classes=model.num_classes,
         labels=None,
@@ -187,16 +197,37 @@ def _by_name(name: str, asked: Request, classifier: bool) -> Loaded:
     )
 
 
-def _head(path: Path, weights_only: bool) -> dict[str, Any]:
-    """The head of a checkpoint as options of a model: how many classes, and how wide the layer before it."""
+def _headers(path: Path, weights_only: bool) -> "tuple[Mapping[str, torch.Tensor], str]":
+    """What a checkpoint says before it is read: names, as timm spells them, with shapes, and whose layout it is."""
     from fastvit.checkpoints.convert import translate, unwrapped
     from fastvit.checkpoints.files import open_checkpoint
 
+    with as_usage_errors(ValueError, OSError, RuntimeError, ImportError):
+        headers = unwrapped(open_checkpoint(path, weights_only or None).headers())
     try:
-        found, _, _ = translate(unwrapped(open_checkpoint(path, weights_only or None).headers()))
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raise UsageError(f"{path}: {error}".replace("weights_only=True", "--weights-only")) from None
-    head, before = found.tensors.get("head.weight"), found.tensors.get("pre_logits.fc.weight")
+        found, _, library = translate(headers)
+        return found.tensors, library
+    except ValueError as error:
+        raise UsageError(f"{path}: {str(error).removeprefix('fastvit: ')}") from None
+
+
+def _preset_of(tensors: "Mapping[str, torch.Tensor]", path: str) -> str:
+    """The model of that width, depth and patch, if it can be for images of the size of the position table."""
+    from fastvit.config import PRESETS
+
+    width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    fitting = [n for n, c in PRESETS.items() if (c.embed_dim, c.depth, c.patch_size) == (width, depth, patch)]
+    if not fitting:
+        raise UsageError(f"{path}: no model is {width} wide and {depth} deep with patches of {patch}; see --model")
+    positions = tensors.get("pos_embed")
+    rows = {n: math.prod(PRESETS[n].grid_size) + PRESETS[n].prefix_tokens for n in fitting}
+    return next((n for n in fitting if positions is not None and rows[n] == positions.shape[1]), fitting[0])
+
+
+def _head(tensors: "Mapping[str, torch.Tensor]") -> dict[str, Any]:
+    """The head of a checkpoint as options of a model: how many classes, and how wide the layer before it."""
+    head, before = tensors.get("head.weight"), tensors.get("pre_logits.fc.weight")
     return {
         "num_classes": 0 if head is None else head.shape[0],
         "representation_size": None if before is None else before.shape[0],

@@ -80,7 +80,7 @@ def _preprocessing(asked: Request, directory: Path, config: dict[str, Any]) -> "
     path = directory / "preprocessor_config.json"
     if not path.exists() and not (asked.mean and asked.std):
         raise UsageError(f"{path}: no such file; without it --mean and --std must say how images are normalised")
-    found = read_json(path) if path.exists() else {}
+    found = read_json(path) if path.exists() else {"resample": 3}
     height, width = _image_size(config)
     with as_usage_errors(ValueError, TypeError, AttributeError):
         prepare = Preprocessing.of_transformers({"size": {"height": height, "width": width}, **found})

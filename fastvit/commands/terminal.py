@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -67,11 +68,14 @@ def torch_device(name: str) -> Any:
 
 @contextmanager
 def as_usage_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds, raised inside, become a UsageError with the same words."""
+    """Errors of these kinds, raised inside, become a UsageError that speaks of options, not of arguments."""
     try:
         yield
     except kinds as error:
-        raise UsageError(str(error)) from None
+        text = re.sub(r"^fastvit(\.\w+)*: ", "", str(error)).replace("; drop_head=True keeps the model's own head", "")
+        for argument in ("weights_only", "overwrite"):
+            text = text.replace(f"{argument}=True", f"--{argument.replace('_', '-')}")
+        raise UsageError(text) from None
 
 
 @contextmanager
