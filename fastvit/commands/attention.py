@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 FIGURES = ("attention", "positions", "filters", "distance")
+SHOWN = 28  # embedding filters, as in figure 7
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _draw(kind: str, loaded: models.Loaded, pictures: list[Any], view: View, tol
     if kind == "positions":
         return figures.positions(analysis.pos_embed_similarity(loaded.model).cpu())
     if kind == "filters":
-        return figures.filters(analysis.embedding_filters(loaded.model, 28))
+        return figures.filters(analysis.embedding_filters(loaded.model, _most_filters(loaded.model)))
     weights, seen, distances = [], [], []
     with progress(len(pictures)) as show, torch.no_grad(), fastvit.backend(loaded.backend):
         for number, picture in enumerate(pictures):
@@ -154,6 +155,15 @@ def _draw(kind: str, loaded: models.Loaded, pictures: list[Any], view: View, tol
     mean = torch.stack(distances).mean(0)
     told["pixels"] = mean.tolist()
     return figures.distance(mean)
+
+
+def _most_filters(model: "torch.nn.Module") -> int:
+    """As many filters as the paper shows, or as there are."""
+    from fastvit.integrations.embeddings import embedding_of
+
+    embedding = embedding_of(model)
+    weight = None if embedding is None else embedding.weight
+    return SHOWN if weight is None else min(SHOWN, weight.shape[0], weight[0].numel())
 
 
 def _weights(model: "torch.nn.Module", x: Any, view: View) -> "torch.Tensor":

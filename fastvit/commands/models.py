@@ -63,7 +63,7 @@ class Loaded:
     """A model in eval mode on its device, in its dtype, and what belongs to it.
 
     keyword: what the model calls its images, "" where they come first and logits (B, K) are returned as they are.
-    prepare: an image as it sees it. size: (height, width) in pixels. num_classes: K, 0 without a head. labels: its own,
+    prepare: an image as it sees it. num_classes: K, 0 without a head. labels: its own,
     if it has any. backend: which ops to run it with.
     """
 
@@ -71,7 +71,6 @@ class Loaded:
     model: "torch.nn.Module"
     keyword: str
     prepare: "Preprocessing"
-    size: tuple[int, int]
     num_classes: int
     labels: list[str] | None
     device: "torch.device"
@@ -188,7 +187,6 @@ def _of_file(name: str, asked: Request, classifier: bool) -> Loaded:
         model=model,
         keyword="",
         prepare=Preprocessing.of_timm(size, asked.crop_pct or crop_pct, mean, std, resample),
-        size=(size, size),
         num_classes=model.num_classes,
         labels=None,
         device=torch.device("cpu"),

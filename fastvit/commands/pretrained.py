@@ -57,7 +57,6 @@ def load(asked: Request, directory: Path, classifier: bool) -> Loaded:
         model=model,
         keyword="" if ours is not None else "pixel_values",
         prepare=prepare,
-        size=size,
         num_classes=0 if not headed else ours.num_classes if ours is not None else model.config.num_labels,
         labels=labels,
         device=torch.device("cpu"),
