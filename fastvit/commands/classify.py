@@ -100,7 +100,8 @@ def classify(
         print(json_module.dumps({"model": loaded.name, "images": rows, "failures": failures}, indent=2))
     elif not plain:
         for name, top in guessed.items():
-            console.print(_table(name, top))
+            console.print(rich.text.Text(printable(name), style="bold"), soft_wrap=True)
+            console.print(_table(top))
     if failures:
         raise UsageError(f"classify: {len(failures)} of {len(found)} FAILED, see above")
 
@@ -152,10 +153,8 @@ def _rows(name: str, top: Sequence[Guess], width: int) -> Iterator[str]:
         yield f"{cells}  {printable(guess.label)}".rstrip()
 
 
-def _table(name: str, top: Sequence[Guess]) -> rich.table.Table:
-    table = rich.table.Table(
-        title=rich.text.Text(printable(name)), title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
-    )
+def _table(top: Sequence[Guess]) -> rich.table.Table:
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False)
     for heading in ("probability", "", "class"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     table.add_column("label")
