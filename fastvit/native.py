@@ -196,7 +196,8 @@ class Block(Launcher):
         n2, _, mean2, rstd2 = native.layer_norm(mid, None, None, nw2, nb2, eps[1], low)
         hidden, preact = native.linear(n2, fc1_w, fc1_b, None, None, activation, True, None)
         y, _ = native.linear(hidden, fc2_w, fc2_b, ls2, mid, "none", False, None)
-        return [y.view(x.shape), n1, qkv, heads, lse, mid, n2, preact, mean1, rstd1, mean2, rstd2]
+        y = torch.ops.aten._unsafe_view.default(y, x.shape)  # no view: wrappers such as FSDP mind them
+        return [y, n1, qkv, heads, lse, mid, n2, preact, mean1, rstd1, mean2, rstd2]
 
     def backward(self, dy: torch.Tensor, wanted: list[bool], *args: Any) -> list[torch.Tensor | None]:
         """The gradients of x and of the parameters, None for those that are not wanted."""

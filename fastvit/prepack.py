@@ -217,12 +217,17 @@ def _share(entry: _Packed, tensor: Tensor) -> None:
     content = (tuple(stored.shape), stored.dtype, torch.ops.fastvit_native.fingerprint([stored], False))
     other = _by_content.get(content)
     twin = None if other is None else other.weight()
-    if other is None or twin is None or twin is tensor or other.state != state([twin]):
+    if other is None or twin is None or twin is tensor or _is_freed(twin) or other.state != state([twin]):
         _by_content[content] = entry
     elif torch.equal(_stored(twin), stored):
         entry.copies = other.copies
     else:
         _by_content[content] = entry
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers were given back under it, as FSDP does with whole parameters between their uses."""
+    return type(tensor) is not Released and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 # first of several tensors -> (their ids, their state, all of them in one)

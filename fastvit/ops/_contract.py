@@ -80,6 +80,11 @@ def rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
+def reshaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:
+    """A result that nobody else holds in another shape, and no view of it: wrappers such as FSDP mind views."""
+    return fresh if fresh.shape == tuple(shape) else torch.ops.aten._unsafe_view.default(fresh, shape)
+
+
 def drop_path_scale(x: Tensor, rate: float) -> Tensor:
     """Stochastic depth's factor per sample (B, 1, ..., 1): 0 or 1 / (1 - rate).
 

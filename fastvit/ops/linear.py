@@ -245,7 +245,7 @@ def linear(
         args = fused
     backend = backends.select("linear", *args)
     y = reference(*args) if backend == "reference" else _op(*args, backend)[0]
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return contract.reshaped(y, (*x.shape[:-1], weight.shape[0]))
 
 
 def _add(y: Tensor, residual: Tensor | None, factor: Tensor | None) -> Tensor:

@@ -264,7 +264,7 @@ def norm_mlp(
         args = (*args[:-1], contract.drop_path_scale(x, drop_path).view(-1))
     backend = backends.select("norm_mlp", *args)
     y = reference(*args) if backend == "reference" else _op(*args, backend)[0]
-    return y.view(*x.shape[:-1], fc2_weight.shape[0])
+    return contract.reshaped(y, (*x.shape[:-1], fc2_weight.shape[0]))
 
 
 def _fuses_drop_path(args, x: Tensor) -> bool:
