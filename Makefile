@@ -11,7 +11,7 @@ ARGS   ?=
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help build lint test test-full mutants sanitize memcheck static bench bench-ops bench-peers tune plot readme gpu clean
+.PHONY: help build lint test test-full mutants sanitize memcheck static compatibility bench bench-ops bench-peers tune plot readme gpu clean
 
 py      := $(VENV)/bin/python
 pip     := $(py) -m pip install -q --disable-pip-version-check
@@ -68,6 +68,10 @@ static: $(VENV)/.installed ## the kernels compiled for every chip: registers, oc
 	env -u TRITON_INTERPRET $(py) -m fastvit.benchmarks.static $(ARGS)
 	$(py) -m fastvit.benchmarks.sass --csv benchmarks/results/cuda.csv >/dev/null
 
+compatibility: $(VENV)/.peers ## what keeps working on other people's models: benchmarks/results/compatibility.csv and the README
+	$(py) tests/compatibility.py --csv benchmarks/results/compatibility.csv $(ARGS)
+	$(py) -m fastvit.benchmarks.readme
+
 bench: $(VENV)/.built ## ViT-B/16 on two photographs: table, CSV, chart in RESULTS=build/bench (ARGS="--batch 16")
 	$(py) -m fastvit bench --csv $(RESULTS)/rows.csv --plot $(RESULTS)/rows.png $(ARGS)
 	@echo "rows in $(RESULTS)/rows.csv, chart in $(RESULTS)/rows.png"
@@ -82,7 +86,7 @@ bench-peers: $(VENV)/.peers ## ViT-S/16 and ViT-B/16 against ONNX Runtime, OpenV
 plot: $(VENV)/.installed ## draw the rows in RESULTS=build/bench again
 	$(py) -m fastvit.benchmarks.plot $(RESULTS)/rows.csv -o $(RESULTS)/rows.png
 
-readme: $(VENV)/.installed ## write the README's result table from benchmarks/results/
+readme: $(VENV)/.installed ## write the README's tables from benchmarks/results/
 	$(py) -m fastvit.benchmarks.readme
 
 gpu: ## check and measure on the GPU with the system's python as it is; results in OUT=build/gpu

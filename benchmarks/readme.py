@@ -1,4 +1,4 @@
-"""Write the README's result table from the committed rows: `python -m fastvit.benchmarks.readme [--check]`."""
+"""Write the README's tables from the committed rows: `python -m fastvit.benchmarks.readme [--check]`."""
 
 import argparse
 import re
@@ -6,10 +6,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from . import rows as rows_module, table
+from . import compatibility, rows as rows_module, table
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTION = re.compile(r"(<!-- bench:begin -->\n).*?(<!-- bench:end -->)", re.DOTALL)
 
 Row = Mapping[str, object]
 
@@ -33,10 +32,25 @@ def render(readme: str, rows: Iterable[Row]) -> str:
     Raises:
         ValueError: there is not exactly one section.
     """
-    text, found = SECTION.subn(lambda match: match[1] + section(rows) + match[2], readme)
+    return replace(readme, "bench", section(rows))
+
+
+def replace(readme: str, name: str, content: str) -> str:
+    """The README with the section of that name replaced.
+
+    Raises:
+        ValueError: there is not exactly one section.
+    """
+    marked = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+    text, found = marked.subn(lambda match: match[1] + content + match[2], readme)
     if found != 1:
-        raise ValueError(f"README.md: expected one section from bench:begin to bench:end, found {found}")
+        raise ValueError(f"README.md: expected one section from {name}:begin to {name}:end, found {found}")
     return text
+
+
+def written(readme: str) -> str:
+    """The README with every section as the committed rows say."""
+    return replace(render(readme, committed_rows()), "compatibility", compatibility.section(compatibility.read()))
 
 
 def committed_rows(folder: Path = ROOT / "benchmarks" / "results") -> list[dict[str, str]]:
@@ -73,9 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     path = ROOT / "README.md"
     before = path.read_text(encoding="utf-8")
-    after = render(before, committed_rows())
+    after = written(before)
     if given.check and after != before:
-        print("README.md: the result table is not what benchmarks/results/ says: run `make readme`", file=sys.stderr)
+        print("README.md: a table is not what benchmarks/results/ says: run `make readme`", file=sys.stderr)
         return 1
     if after != before:
         path.write_text(after, encoding="utf-8")
