@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops
 from .backends import BackendError, backend, is_available
-from .checkpoints import CheckpointError, convert_file, convert_state_dict, load_checkpoint
 from .config import PRESETS, ViTConfig
 from .cuda_graph import graph
 from .drop_in import accelerate, accelerated, report, restore
@@ -15,6 +14,7 @@ from .quantization import quantize
 
 if TYPE_CHECKING:
     from . import analysis
+    from .checkpoints import CheckpointError, convert_file, convert_state_dict, load_checkpoint
     from .maps import attention_maps
 
 __version__ = "0.1.0"
@@ -45,10 +45,16 @@ __all__ = [
 ]
 
 
+# what no forward pass needs is imported when it is asked for
+_LATER = {
+    "analysis": "analysis",
+    "attention_maps": "maps",
+    **dict.fromkeys(("CheckpointError", "convert_file", "convert_state_dict", "load_checkpoint"), "checkpoints"),
+}
+
+
 def __getattr__(name: str) -> Any:
-    """What no forward pass needs is imported when it is asked for."""
-    if name == "analysis":
-        return importlib.import_module(f"{__name__}.analysis")
-    if name == "attention_maps":
-        return importlib.import_module(f"{__name__}.maps").attention_maps
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_LATER[name]}")
+    return module if name == _LATER[name] else getattr(module, name)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from .checkpoints import load_checkpoint
 from .config import POOLINGS, PRESETS, Size, ViTConfig, override, preset
 from .fused import fused_blocks
 from .initialize import initialize
@@ -255,6 +254,8 @@ def create_model(
     model = VisionTransformer(preset(name), device=device, dtype=dtype, **options)
     if checkpoint is None:
         return model
+    from .checkpoints import load_checkpoint  # what no other model needs
+
     return load_checkpoint(model, checkpoint, drop_head="num_classes" in options)
 
 
