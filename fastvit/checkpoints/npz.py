@@ -109,7 +109,6 @@ def _reader(
         with zipfile.ZipFile(path) as archive, archive.open(part) as file:
             file.read(start)
             data = file.read(size)
-            file.read(1)  # to the end, where the checksum is compared
         tensor = as_tensor(data, size, shape[::-1] if fortran else shape, dtype)
         return tensor.permute(*reversed(range(len(shape)))) if fortran else tensor
 
