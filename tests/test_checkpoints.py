@@ -193,6 +193,20 @@ def test_open_clips_timm_tower():
     assert all(torch.equal(got[name], value) for name, value in source.state_dict().items())
 
 
+def test_an_encoder_comes_out_of_mae(tmp_path):
+    decoder = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    source = hf("ViTMAEForPreTraining", decoder_intermediate_size=32, mask_ratio=0.0, **decoder)
+    target = load_checkpoint(timm_vit(num_classes=0), write(source, tmp_path))
+    order = torch.arange(16.0)[None].expand(2, -1)  # MAE shuffles patches by their noise
+    want = source.vit(images(), noise=order).last_hidden_state[:, 0]
+    assert torch.allclose(output(target, images()), want, atol=1e-5)
+    original = {**target.state_dict(), "mask_token": torch.zeros(1, 1, 32), "decoder_pos_embed": torch.zeros(1, 17, 32)}
+    safetensors.torch.save_file(original, tmp_path / "a.safetensors")
+    larger = load_checkpoint(ours(num_classes=0, img_size=48), tmp_path / "a.safetensors")
+    want = timm.layers.resample_abs_pos_embed(target.pos_embed, (6, 6))
+    assert torch.equal(larger.pos_embed, want)
+
+
 def test_a_tower_comes_out_of_a_whole_clip(tmp_path):
     text = {
         "hidden_size": 16,

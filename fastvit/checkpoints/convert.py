@@ -95,7 +95,7 @@ def translate(state: Mapping[str, Tensor], src: str = "auto") -> tuple[Translate
     way = layout.resize
     if "register_tokens" in "".join(found.origin.get("reg_token", ())):
         way = "timm"
-    elif layout is TIMM and "mask_token" in found.tensors:
+    elif layout is TIMM and "mask_token" in found.tensors and found.tensors["mask_token"].dim() == 2:  # MAE's has three
         way = "dinov2"
     return found, way, layout.library
 

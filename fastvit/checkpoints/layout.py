@@ -105,9 +105,11 @@ def to_timm(state: Mapping[str, Tensor], layout: Layout, prefix: str) -> Transla
             bias = ours[0].removesuffix("weight") + "bias"
             found.add([bias], [parts[0].new_zeros(parts[0].shape[0])], others)
     for name in left:
+        if name.startswith(layout.others) or name.endswith("position_ids"):
+            continue
         if layout.passthrough and name.startswith(prefix):
             found.add([name.removeprefix(prefix)], [left[name]], [name])
-        elif not name.endswith("position_ids") and not name.startswith(layout.others or "\0"):
+        else:
             found.left.append(name)
     _fold_class_position(found)
     return found

@@ -18,6 +18,6 @@ TIMM = Layout(
         Rule(("head",), ("^visual.head.proj",), biasless=True),
     ),
     resize="timm",
-    others=("text.", "logit_scale", "logit_bias"),
+    others=("text.", "logit_scale", "logit_bias", "decoder_"),
     passthrough=True,
 )

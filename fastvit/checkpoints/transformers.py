@@ -54,6 +54,7 @@ VIT = Layout(
     markers=("embeddings.patch_embeddings.projection.weight", "layers.0.attention.q_proj.weight"),
     rules=_vit("layers.{}.", _QKV, "attention.o_proj", "mlp.fc1", "mlp.fc2"),
     resize="transformers",
+    others=("decoder.",),  # of MAE
 )
 VIT_ON_DISK = replace(
     VIT,
