@@ -49,7 +49,14 @@ logger = logging.getLogger("fastvit")
 if SETTINGS.log:
     logger.setLevel(SETTINGS.log)
 
-_loaded: dict[str, Any] = {}
+
+class Loaded:
+    """The implementations in use, as attributes called "backend_op".
+
+    No dict: torch.compile reads one once, and misses what is loaded while it traces on.
+    """
+
+
 _reported: set[tuple[str, str, str]] = set()
 _override = threading.local()
 
@@ -76,9 +83,9 @@ _default = _check_backend(SETTINGS.backend)
 
 @constant
 def _load(op: str, backend: str) -> str:
-    """Import an implementation into ``_loaded``; returns why it cannot be used here, or an empty string."""
-    key = f"{backend}.{op}"
-    if key in _loaded:
+    """Import an implementation into ``Loaded``; returns why it cannot be used here, or an empty string."""
+    key = f"{backend}_{op}"
+    if hasattr(Loaded, key):
         return ""
     reason = why_unavailable(backend)
     if reason is not None:
@@ -87,7 +94,7 @@ def _load(op: str, backend: str) -> str:
     implementation: Any = importlib.import_module(module_name)
     for part in filter(None, attribute.split(".")):
         implementation = getattr(implementation, part)
-    _loaded[key] = implementation
+    setattr(Loaded, key, implementation)
     return ""
 
 
@@ -96,7 +103,7 @@ def implementation(op: str, backend: str) -> Any:
     failure = _load(op, backend)
     if failure:
         raise BackendError(f"fastvit.{op}: {failure}")
-    return _loaded[f"{backend}.{op}"]
+    return getattr(Loaded, f"{backend}_{op}")
 
 
 def why_not(op: str, args: Sequence[Any], backend: str) -> str | None:
@@ -108,7 +115,7 @@ def why_not(op: str, args: Sequence[Any], backend: str) -> str | None:
     failure = _load(op, backend)
     if failure:
         return failure
-    return _loaded[f"{backend}.{op}"].why_not(*args)
+    return getattr(Loaded, f"{backend}_{op}").why_not(*args)
 
 
 def requested() -> str:

@@ -37,7 +37,7 @@ def _expand_mask(op: str, mask: Tensor | None, q: Tensor, keys: int) -> Tensor |
 def _scale(op: str, scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
         raise ValueError(f"fastvit.{op}: scale must be a finite number or None, got {scale!r}")
     return float(scale)
 
