@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastvit
+from fastvit import backends
 
 NAMES = ("timm: DINOv2, registers", "transformers: DINOv2", "transformers: ViT", "torchvision: ViT")
 each = pytest.mark.parametrize("name", NAMES)
@@ -218,6 +219,19 @@ def test_steps_of_an_optimizer_are_seen(name):
     for key, want in forward(plain.eval(), given.inputs).items():
         assert torch.allclose(forward(model.eval(), given.inputs)[key], want, atol=1e-2, rtol=1e-2)
     assert not torch.allclose(want, forward(given.copy(), given.inputs)[key], atol=5e-2)
+
+
+def test_compile_of_a_model_that_never_ran(monkeypatch):
+    """Kernels are loaded while the graph is traced, and numbers of modules may be symbols in it."""
+    for key in [key for key in vars(backends.Loaded) if not key.startswith("_")]:
+        monkeypatch.delattr(backends.Loaded, key)
+    given = case("timm: DINOv3")
+    model = given.accelerated()
+    torch._dynamo.reset()
+    graph = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 3):
+        inputs = {n: torch.cat([t, t])[:batch] for n, t in given.inputs.items()}
+        assert_same(forward(graph, inputs), forward(model, inputs))
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
