@@ -28,7 +28,7 @@ LEGEND = (
     "fused: encoder blocks that run as a whole, of all that the model has, text towers and decoders included; "
     "+ n in parts: of n more the attention, MLP or norms.",
     "compile: `torch.compile(fullgraph=True)`, forward and backward. export: `torch.export`, saved and loaded; and "
-    "again with the reference backend, which must leave PyTorch's ops alone in the graph. ONNX: run by "
+    "again with the reference backend, whose graph may hold PyTorch's own ops alone. ONNX: run by "
     "ONNX Runtime.",
     "`=`: the same bits. state_dict: same keys, strict loading both ways, `save_pretrained`. restore: same outputs, "
     "nothing left in any module.",
