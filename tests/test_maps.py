@@ -305,7 +305,6 @@ def two_towers():
         ({"x": None, "queries": [(0, 0)]}, ValueError, r"x must be images \(B, C, height, width\), got NoneType"),
         ({"model": lambda: small_timm().blocks, "queries": "cls"}, ValueError, "whose embedding is unknown"),
     ],
-    ids=str,
 )
 def test_errors(given, error, message):
     arguments = {"model": small_timm, "x": images(), **given}
