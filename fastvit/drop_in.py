@@ -13,12 +13,24 @@ import torch
 from torch import nn
 
 from . import backends, layers, ops, prepack
-from .fused import BLOCK_OPS, INT8, KNOWN, MARK, has_hooks
+from .fused import (
+    BLOCK_OPS,
+    INT8,
+    KINDS,
+    KNOWN,
+    MARK,
+    has_hooks,
+    has_own_forward,
+    is_bound,
+    is_changed,
+    kinds_below,
+)
 from .integrations import ADAPTERS, Options, Plan, loaded
 from .integrations.torch_modules import plan_layer_norm
 from .parts import PARTS
 from .release import give_back, is_released, release
 from .settings import SETTINGS
+from .watch import observed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -56,11 +68,13 @@ class Report(list[Row]):
 
 
 def _plan(module: nn.Module, options: Options, parent: nn.Module | None) -> Plan | str | None:
-    for adapter in loaded():
-        found = adapter.plan(module, options, parent)
-        if found is not None:
-            return found
-    return None if type(module) in _OWN else plan_layer_norm(module, options)
+    known = (found for adapter in loaded() if (found := adapter.plan(module, options, parent)) is not None)
+    found = next(known, None)
+    if found is None and type(module) not in _OWN:
+        found = plan_layer_norm(module, options)
+    if isinstance(found, Plan) and has_own_forward(module):
+        return "its forward was replaced on the instance"
+    return found
 
 
 def _planned(
@@ -85,10 +99,48 @@ def _planned(
 
 
 def _call(fused: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The fused forward, or the class's own when a hook was put on a child that fusion would skip."""
-    if has_hooks(module):
+    """The fused forward, or the class's own when a child that fusion would skip has a hook or is one it cannot replace.
+
+    Also where somebody kept this function in a wrapper of his own, and the model was restored.
+    """
+    if MARK not in module.__dict__ or observed() or has_hooks(module):
+        return type(module).forward(module, *args, **kwargs)
+    if is_changed(module):
+        found = None if torch.compiler.is_compiling() else _plan(module, Options(), None)
+        if not isinstance(found, Plan):
+            return type(module).forward(module, *args, **kwargs)
+        _bind(module, found)
+        fused = found.forward
+    return fused(module, *args, **kwargs)
+
+
+def _call_part(fused: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The same for a module whose fused forward skips no other."""
+    if MARK not in module.__dict__ or observed():
         return type(module).forward(module, *args, **kwargs)
     return fused(module, *args, **kwargs)
+
+
+# what torch.nn.DataParallel calls to copy a module's dictionary
+REPLICATE = "_replicate_for_data_parallel"
+_HOOKED = "a module inside it carries a hook or a forward of its own, which fusion would skip"
+
+
+def _replica(module: nn.Module) -> nn.Module:
+    """A replica of a module for another device, whose forward reads that one's parameters."""
+    replica: Any = type(module)._replicate_for_data_parallel(module)
+    replica.__dict__.pop(KNOWN, None)
+    if is_bound(replica):
+        forward = replica.__dict__["forward"]
+        replica.__dict__["forward"] = partial(forward.func, *forward.args[:-1], replica)
+    return replica
+
+
+def _bind(module: nn.Module, found: Plan) -> None:
+    own = module.__dict__
+    own["forward"] = partial(_call if found.whole else _call_part, found.forward, module)
+    own[REPLICATE] = partial(_replica, module)
+    own[MARK], own[PARTS], own[KINDS] = found.ops, found.parts, kinds_below(module) if found.whole else None
 
 
 def _check_model(function: str, model: Any) -> None:
@@ -152,13 +204,7 @@ def accelerate(
     else:
         give_back(model)
     for module, found in fused:
-        if "forward" in module.__dict__:
-            continue
-        called = partial(_call, found.forward) if found.whole else found.forward
-        module.__dict__["forward"] = partial(called, module)
-        module.__dict__[MARK] = found.ops
-        if found.parts is not None:
-            module.__dict__[PARTS] = found.parts
+        _bind(module, found)
     if release_original:
         release(model)
     return model
@@ -175,9 +221,9 @@ def restore(model: Model) -> Model:
     _check_model("restore", model)
     give_back(model)
     for module in model.modules():
-        if module.__dict__.pop(MARK, None) is not None:
+        if is_bound(module):
             del module.__dict__["forward"]
-        for name in (PARTS, INT8, KNOWN):
+        for name in (MARK, PARTS, KINDS, REPLICATE, INT8, KNOWN):
             module.__dict__.pop(name, None)
     prepack.forget(model.parameters())
     return model
@@ -190,7 +236,7 @@ def accelerated(model: Model, **options: bool) -> Iterator[Model]:
     Takes :func:`accelerate`'s options. A model that was accelerated before is so again behind the block.
     """
     _check_model("accelerated", model)
-    bound = ("forward", MARK, PARTS, INT8)
+    bound = ("forward", MARK, PARTS, KINDS, REPLICATE, INT8)
     before = [
         (m, {name: m.__dict__[name] for name in bound if name in m.__dict__})
         for m in model.modules()
@@ -254,7 +300,10 @@ def report(model: nn.Module) -> Report:
             continue
         kind, like = type(module).__name__, next(module.parameters(), None)
         used: tuple[str, ...] | None = module.__dict__.get(MARK, _OWN.get(type(module)))
-        if used is not None and like is not None and not has_hooks(module):
+        if has_own_forward(module):
+            used = None
+        reason = found if isinstance(found, str) else _HOOKED if has_hooks(module) else None
+        if used is not None and like is not None and reason is None:
             chosen = {op: _probe(op, like) for op in used}
             if chosen.get("encoder") == "reference":  # then its ops run one by one
                 del chosen["encoder"]
@@ -263,7 +312,7 @@ def report(model: nn.Module) -> Report:
             if used != ("encoder",):
                 fused.append(name)
         elif used is not None:
-            rows.append(Row(name, kind, False, {}, "a module inside it carries a hook, which fusion would skip"))
+            rows.append(Row(name, kind, False, {}, reason or "it has no parameters"))
         elif found is not None or next(module.parameters(recurse=False), None) is not None:
             rows.append(Row(name, kind, False, {}, _why_eager(module, found)))
     return rows

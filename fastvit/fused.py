@@ -1,14 +1,16 @@
 """What the modules of a Vision Transformer compute, as calls of the ops, from the parts that they are made of."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops, prepack
 from .ops.encoder import TENSORS, run_encoder
-from .parts import AttentionParts, BlockParts, LinearParts, MlpParts, one_or_all, parts_of
+from .parts import AttentionParts, BlockParts, LinearParts, MlpParts, Norm, one_or_all, parts_of
 from .watch import Watch
 
 # where accelerate leaves the names of the ops that a module's fused forward calls
@@ -17,6 +19,8 @@ MARK = "_fastvit_ops"
 INT8 = "_fastvit_int8"
 # where a forward leaves, on the owner of blocks, what it read there
 KNOWN = "_fastvit_known"
+# where accelerate leaves, on a module whose children's forwards are skipped, the classes of all modules below it
+KINDS = "_fastvit_kinds"
 BLOCK_OPS = ("encoder", "layer_norm", "linear", "attention", "norm_mlp")
 # linear layers of a block: the projection to queries, keys and values, attention's own, fc1, fc2
 LINEARS = 4
@@ -42,22 +46,46 @@ def _drop_path_rate(drop_path: Any) -> float | None:
 IDLE_HOOKS: dict[str, Callable[[], bool]] = {}
 
 
+def is_bound(module: nn.Module) -> bool:
+    """Whether the forward of this instance is one that accelerate bound."""
+    forward = module.__dict__.get("forward")
+    return type(forward) is partial and forward.func.__module__.startswith(f"{__package__}.")
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody else has put a forward on this instance."""
+    return "forward" in module.__dict__ and not is_bound(module)
+
+
+def kinds_below(module: nn.Module) -> list[type]:
+    """The classes of all modules below this one, in order."""
+    kinds: list[type] = []
+    for child in module._modules.values():
+        if child is not None:
+            kinds.append(type(child))
+            kinds += kinds_below(child)
+    return kinds
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether a module below this one was replaced, added or removed since accelerate looked at them."""
+    seen = module.__dict__.get(KINDS)
+    return seen is not None and kinds_below(module) != seen
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module below this one carries a forward or backward hook, which a fused forward would skip.
 
-    Always False while torch.compile traces, which does not follow hooks added later either.
+    A forward that somebody put on such an instance is one, too. torch.compile sees those that are there when it traces.
     """
-    return not torch.compiler.is_compiling() and _child_has_hooks(module)
-
-
-def _child_has_hooks(module: nn.Module) -> bool:
     for child in module._modules.values():  # runs in every forward: Module.modules() takes five times as long
         if child is not None and (
             (child._forward_hooks and not idle(child._forward_hooks))
             or child._forward_pre_hooks
             or child._backward_hooks
             or child._backward_pre_hooks
-            or _child_has_hooks(child)
+            or ("forward" in child.__dict__ and not is_bound(child))
+            or has_hooks(child)
         ):
             return True
     return False
@@ -67,6 +95,16 @@ def idle(hooks: dict[int, Any]) -> bool:
     """Whether none of these hooks does anything now."""
     known = [IDLE_HOOKS.get(getattr(hook, "__module__", "")) for hook in hooks.values()]
     return all(idles is not None and idles() for idles in known)
+
+
+def normed(x: Tensor, norm: Norm) -> Tensor:
+    """LayerNorm over the last dimension, torch's own where a model keeps its norms in another dtype than its tokens."""
+    return F.layer_norm(x, x.shape[-1:], *norm) if _is_mixed(x, norm) else ops.layer_norm(x, *norm)
+
+
+def _is_mixed(x: Tensor, norm: Norm | None) -> bool:
+    weight = None if norm is None else norm[0]
+    return weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
 def projected(parts: AttentionParts, x: Tensor) -> Tensor:
@@ -92,7 +130,7 @@ def attend(
         "scale": parts.scale,
         "dropout": parts.dropout,
     }
-    if rotate is None:
+    if rotate is None and not (_is_mixed(qkv, parts.q_norm) or _is_mixed(qkv, parts.k_norm)):
         return ops.attention_packed(qkv, parts.num_heads, q_norm=parts.q_norm, k_norm=parts.k_norm, **options)
     q, k, v = heads(parts, qkv, rotate)
     return ops.attention(q, k, v, **options).transpose(1, 2).flatten(2)
@@ -101,7 +139,7 @@ def attend(
 def heads(parts: AttentionParts, qkv: Tensor, rotate: Rotation | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values (B, H, N, E) as the scores take them: normalised, and turned by their positions."""
     q, k, v = qkv.unflatten(-1, (3, parts.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    q, k = (t if norm is None else ops.layer_norm(t, *norm) for t, norm in ((q, parts.q_norm), (k, parts.k_norm)))
+    q, k = (t if norm is None else normed(t, norm) for t, norm in ((q, parts.q_norm), (k, parts.k_norm)))
     return (q, k, v) if rotate is None else (*rotate(q, k), v)
 
 
@@ -153,7 +191,8 @@ class _Known:
     def __init__(self, owner: nn.Module, blocks: list[Any], read: _Arguments) -> None:
         self._marks, self._rest = _marks(blocks), read[1:]
         inside = [module for block in blocks for module in block.modules()]
-        self._watch = Watch(owner, [(module, name) for module in inside for name in _PLAIN if name in module.__dict__])
+        plain = [(module, name) for module in inside for name in _PLAIN if name in module.__dict__]
+        self._watch = Watch(owner, plain + [(module, "forward") for module in inside])
         places = {id(parameter): i for i, parameter in enumerate(self._watch.parameters() or ())}
         places[id(None)] = -1
         self._order: list[Any] = []
@@ -209,7 +248,7 @@ def _read(blocks: list[Any]) -> _Arguments | None:
     int8: list[bool] = []
     shared = None
     for block in blocks:
-        parts = parts_of(block) if is_fused_block(block) else None
+        parts = parts_of(block) if is_fused_block(block) and not is_changed(block) else None
         if parts is None or not _plain(block, parts):
             return None
         its = parts.attention.num_heads, parts.attention.scale, parts.mlp.activation
@@ -260,7 +299,7 @@ def fused_block(
     if y is not None:
         return y
     parts = parts_of(block)
-    qkv = projected(parts.attention, ops.layer_norm(x, *parts.norm1))
+    qkv = projected(parts.attention, normed(x, parts.norm1))
     h = attend(parts.attention, qkv, attn_mask, is_causal, rotate)
     attention = parts.attention
     x = add_branch(x, h, attention.proj, attention.proj_drop, parts.layer_scale1, parts.drop_path1)
@@ -282,18 +321,17 @@ def add_branch(
 
 def _add_mlp(x: Tensor, parts: BlockParts) -> Tensor:
     """x + drop_path(γ · mlp(norm(x))), in one op when no dropout is active."""
-    mlp, (weight, bias, eps), gamma, drop_path = parts.mlp, parts.norm2, parts.layer_scale2, parts.drop_path2
-    if active(mlp.hidden_drop) or active(mlp.drop):
-        hidden = ops.linear(ops.layer_norm(x, weight, bias, eps), *mlp.fc1, activation=mlp.activation)
+    mlp, norm, gamma, drop_path = parts.mlp, parts.norm2, parts.layer_scale2, parts.drop_path2
+    if active(mlp.hidden_drop) or active(mlp.drop) or _is_mixed(x, norm):
+        hidden = ops.linear(normed(x, norm), *mlp.fc1, activation=mlp.activation)
         return add_branch(x, mlp.hidden_drop(hidden), mlp.fc2, mlp.drop, gamma, drop_path)
     rate = _drop_path_rate(drop_path)
     y = ops.norm_mlp(
         x,
-        weight,
-        bias,
+        *norm[:2],
         *mlp.fc1,
         *mlp.fc2,
-        eps,
+        norm[2],
         activation=mlp.activation,
         layer_scale=gamma,
         residual=rate is not None,

@@ -235,12 +235,12 @@ _joined: Any = WeakIdKeyDictionary()
 
 
 def joined(tensors: Sequence[Tensor | None]) -> Tensor:
-    """Weights or biases of queries, keys and values one below the other, zeros for None; the first must be there.
+    """Weights or biases of queries, keys and values one below the other, zeros for None; one must be there.
 
     For inference on a CPU they are kept, and made again when one of them changes.
     """
-    present, first = [t for t in tensors if t is not None], tensors[0]
-    assert first is not None
+    present = [t for t in tensors if t is not None]
+    first = present[0]
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in present)
     if traced or differentiable or first.device.type != "cpu" or not hasattr(torch.ops.fastvit_native, "fingerprint"):

@@ -1,4 +1,4 @@
-"""Whether modules are still what they were, told by one look at their dictionaries.
+"""Whether modules are still what they were, told by one look at their dictionaries, and whether somebody looks on.
 
 Between two calls of a model the caches hold its weights, and every line of Python is slow: reading twelve blocks
 attribute by attribute then takes as long as two of the blocks themselves.
@@ -8,7 +8,26 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
+from torch.nn.modules.module import _has_any_global_hook
+
+
+def observed() -> bool:
+    """Whether something is on that has to see each module or each of torch's own operations.
+
+    That is a transform of torch.func, forward-mode derivatives, torch.fx, a TorchDispatchMode (fake tensors, counters
+    of FLOPs, make_fx) or a hook on all modules. torch.compile and torch.export know the ops.
+    """
+    return not torch.compiler.is_compiling() and bool(
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+        or _symbolic_trace._is_fx_tracing_flag
+        or _has_any_global_hook()
+    )
 
 
 class Watch:

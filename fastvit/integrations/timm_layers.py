@@ -7,7 +7,7 @@ import timm.models.vision_transformer as vit
 from torch import Tensor, nn
 
 from .. import ops
-from ..fused import Rotation, attend, projected
+from ..fused import Rotation, attend, normed, projected
 from ..parts import ABSENT, AttentionParts, activation_name, activation_of, attention_parts, linear_parts, norm_parts
 from . import Options, Plan, torch_modules
 from .torch_modules import same_forward
@@ -101,7 +101,7 @@ def why_not_plain_mlp(mlp: Any) -> str | None:
 def normalised(norm: nn.Module, x: Tensor) -> Tensor:
     """LayerNorm over the last dimension, or nothing for an Identity."""
     its = norm_parts(norm)
-    return x if its is None else ops.layer_norm(x, *its)
+    return x if its is None else normed(x, its)
 
 
 def attended(
@@ -154,6 +154,8 @@ def _why_not_patch_embed(embed: Any) -> str | None:
 
 def patch_embed_forward(embed: Any, x: Tensor) -> Tensor:
     """The projection of timm's PatchEmbed; its own norm, flattening and size checks are kept."""
+    if not x.is_floating_point():  # its own error message
+        return type(embed).forward(embed, x)
     height, width = x.shape[-2:]
     p, q = embed.patch_size
     if embed.img_size is not None and embed.strict_img_size and (height, width) != tuple(embed.img_size):

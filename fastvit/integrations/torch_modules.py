@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
+from ..fused import normed
 from . import Options, Plan
 
 
@@ -35,7 +36,7 @@ def why_not_linear(name: str, linear: Any) -> str | None:
 
 def layer_norm_forward(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """LayerNorm over the last dimension."""
-    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+    return normed(x, (norm.weight, norm.bias, norm.eps))
 
 
 def plan_layer_norm(module: nn.Module, options: Options, *classes: type[nn.Module]) -> Plan | str | None:
@@ -61,7 +62,7 @@ def patches_forward(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution over patches, (B, C, height, width) to (B, D, rows, columns); what fills no patch is left."""
     p, q = conv.kernel_size
     rows, columns = x.shape[-2] // p, x.shape[-1] // q
-    if x.dim() != 4 or not rows or not columns:  # its own error message
+    if x.dim() != 4 or not rows or not columns or not x.is_floating_point():  # its own error message
         return type(conv).forward(conv, x)
     y = ops.patch_embed(x[..., : rows * p, : columns * q], conv.weight, conv.bias)
     return y.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)

@@ -318,7 +318,7 @@ def plan(module: nn.Module, options: Options, parent: nn.Module | None = None) -
     """How to fuse this module, why not, or None when it is none of transformers' ViT modules."""
     found = _plan(module, options, parent)
     if isinstance(found, Plan) and found.whole and has_hooks(module):
-        return "a module inside it carries a hook, which the fused forward would skip"
+        return "a module inside it carries a hook or a forward of its own, which the fused forward would skip"
     return found
 
 
