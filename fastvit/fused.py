@@ -98,13 +98,15 @@ def idle(hooks: dict[int, Any]) -> bool:
 
 
 def normed(x: Tensor, norm: Norm) -> Tensor:
-    """LayerNorm over the last dimension, torch's own where a model keeps its norms in another dtype than its tokens."""
+    """LayerNorm over the last dimension, torch's own where a model of fp16 or bf16 keeps its norms in fp32."""
     return F.layer_norm(x, x.shape[-1:], *norm) if _is_mixed(x, norm) else ops.layer_norm(x, *norm)
 
 
 def _is_mixed(x: Tensor, norm: Norm | None) -> bool:
     weight = None if norm is None else norm[0]
-    return weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
+    if weight is None or weight.dtype != torch.float32 or x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type)
 
 
 def projected(parts: AttentionParts, x: Tensor) -> Tensor:
