@@ -11,7 +11,6 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit
-from fastvit import backends
 
 transformers = pytest.importorskip("transformers")
 torchvision = pytest.importorskip("torchvision")
@@ -207,15 +206,6 @@ def test_compiled_after_a_change(change):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(x), plain(x), atol=1e-4)
-
-
-def test_compiled_before_any_kernel_was_loaded(monkeypatch):
-    model, x = small_timm(), images()
-    want = model(x)
-    monkeypatch.setattr(backends, "_loaded", {key: backends._Slot() for key in backends._loaded})
-    torch._dynamo.reset()
-    compiled = torch.compile(fastvit.accelerate(model), fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(x), want, atol=1e-4)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
