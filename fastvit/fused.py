@@ -46,10 +46,14 @@ def _drop_path_rate(drop_path: Any) -> float | None:
 IDLE_HOOKS: dict[str, Callable[[], bool]] = {}
 
 
+# the module whose functions accelerate binds
+_BINDER = f"{__package__}.drop_in"
+
+
 def is_bound(module: nn.Module) -> bool:
     """Whether the forward of this instance is one that accelerate bound."""
     forward = module.__dict__.get("forward")
-    return type(forward) is partial and forward.func.__module__.startswith(f"{__package__}.")
+    return type(forward) is partial and forward.func.__module__ == _BINDER
 
 
 def has_own_forward(module: nn.Module) -> bool:
