@@ -162,6 +162,10 @@ def accelerate(
     The model keeps its class, its parameters and its state_dict; it trains, compiles and can be copied.
     Calling it again changes nothing more; :func:`restore` undoes it.
 
+    What is changed in the model later counts: a block whose child is replaced by one without a fused form, or gets a
+    hook or a forward of its own, computes as its class does. So does everything while torch.func transforms it or
+    torch.fx traces it, and under a TorchDispatchMode or a hook on all modules.
+
     ``release_original`` is for inference on a CPU by whole blocks and saves memory: of qkv, proj, fc1 and fc2 only the
     copy stays that the kernels read. state_dict (whose values are copies then), load_state_dict and deep copies work as
     before; a pickle holds an accelerated model that is not released. ``.to()`` another dtype or device gives the
