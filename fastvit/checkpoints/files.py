@@ -4,6 +4,8 @@ A format is an iterator of :class:`Entry` over a file of known size. Nothing her
 and no allocation is larger than what the file itself holds.
 """
 
+import ctypes
+import functools
 import json
 import math
 import os
@@ -11,7 +13,7 @@ import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
 PICKLED = (".pt", ".pth", ".bin")
 MOST_HEADER = 16 << 20  # bytes: 100,000 tensors; the header of a ViT-g has 100 kB
 MOST_TENSORS = 100_000
+MOST_READ = 1 << 20  # bytes at a time: an archive unpacks them in memory of its own
 SINGLE = ("model.safetensors", "model.safetensors.index.json")
 SINGLE_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -235,28 +238,46 @@ def _safetensors(path: Path, size: int) -> Iterable[Entry]:
         end = stop
     if start + end != size:
         raise CheckpointError(f"fastvit: {path} has {size - start - end} bytes behind its last tensor")
+    mapped = functools.cache(functools.partial(_mapped, path, size))
     return [
-        Entry(name, shape, dtype, _slice(path, start + begin, stop - begin, shape, dtype))
+        Entry(name, shape, dtype, _slice(mapped, start + begin, stop - begin, shape, dtype))
         for begin, stop, name, shape, dtype in found
     ]
 
 
-def _slice(path: Path, start: int, size: int, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Tensor]:
+def _slice(
+    mapped: Callable[[], Tensor], start: int, size: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        with open(path, "rb") as file:
-            file.seek(start)
-            return as_tensor(file.read(size), size, shape, dtype)
+        data = mapped()[start : start + size]
+        aligned = data if start % dtype.itemsize == 0 else data.clone()
+        return aligned.view(dtype).view(shape)
 
     return read
 
 
-def as_tensor(data: bytes, size: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Little-endian bytes as a tensor of its own memory."""
-    if len(data) != size:
-        raise CheckpointError(f"fastvit: {size} bytes expected, the file has {len(data)}")
-    if not size:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+def _mapped(path: Path, size: int) -> Tensor:
+    """The bytes of a file, mapped: what is not looked at is not read, and nothing is copied."""
+    if path.stat().st_size != size:
+        raise CheckpointError(f"fastvit: {path} had {size} bytes and now has {path.stat().st_size}")
+    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+
+
+def filled(file: IO[bytes], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new tensor of the little-endian bytes that come next in a file, read into its memory without a copy between.
+
+    Raises:
+        CheckpointError: the file ends before.
+    """
+    tensor = torch.empty(shape, dtype=dtype)
+    size, done = tensor.numel() * dtype.itemsize, 0
+    memory = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr()) if size else b"").cast("B")
+    while done < size:
+        count = file.readinto(memory[done : done + MOST_READ])  # type: ignore[attr-defined]
+        if not count:
+            raise CheckpointError(f"fastvit: {size} bytes expected, the file has {done}")
+        done += count
+    return tensor
 
 
 def _shards(index: Path, weights_only: bool | None) -> Iterable[Entry]:

@@ -6,10 +6,10 @@ Kernels are stored (in, out) or (height, width, in, out), those of attention wit
 import re
 from collections.abc import Mapping
 
-from torch import Tensor, cat
+from torch import Tensor
 
 from .error import CheckpointError, shape_of
-from .layout import Translated
+from .layout import Translated, joined
 
 NAME = "the original .npz of google-research/vision_transformer or big_vision"
 MARKER = "embedding/kernel"
@@ -91,9 +91,9 @@ class _Parts(dict[str, dict[str, tuple[Tensor, str]]]):
             q, k, v = (parts[part][0] for part in wanted)
             if module.startswith("attn_pool"):
                 found.add([f"attn_pool.q.{leaf}"], [q], [parts["query"][1]])
-                found.add([f"attn_pool.kv.{leaf}"], [cat([k, v])], [parts["key"][1], parts["value"][1]])
+                found.add([f"attn_pool.kv.{leaf}"], [joined([k, v])], [parts["key"][1], parts["value"][1]])
             else:
-                found.add([name], [cat([q, k, v])], origin)
+                found.add([name], [joined([q, k, v])], origin)
 
 
 def _place(name: str, tensor: Tensor, full: str, stem: str, found: Translated, parts: _Parts) -> bool:

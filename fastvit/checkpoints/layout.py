@@ -4,6 +4,7 @@ timm's names are the hub: every layout is translated into them and out of them. 
 so that names and shapes are checked before any data is read.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -206,8 +207,25 @@ def _regroup(
     if not fits or unit * sum(had) % sum(wanted):
         shapes = ", ".join(f"{name!r} {shape_of(part)}" for name, part in zip(names, parts, strict=True))
         raise CheckpointError(f"fastvit: {shapes} cannot be dealt out by rows as {count} tensors")
-    joined = torch.cat(list(parts)) if len(parts) > 1 else first
-    return joined.split([unit * sum(had) // sum(wanted) * share for share in wanted])
+    return joined(parts).split([unit * sum(had) // sum(wanted) * share for share in wanted])
+
+
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Tensors one behind the other; of meta tensors the shape, for which torch.cat would import torch's compiler."""
+    if len(parts) == 1 or not any(part.is_meta for part in parts):
+        return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def added(token: Tensor, rows: Tensor) -> Tensor:
+    """A token with its position added; of meta tensors the shape, for the reason of :func:`joined`."""
+    if not (token.is_meta or rows.is_meta):
+        return token + rows
+    shape = torch.broadcast_shapes(token.shape, rows.shape)
+    return torch.empty(shape, dtype=torch.promote_types(token.dtype, rows.dtype), device="meta")
 
 
 def _fold_class_position(found: Translated) -> None:
@@ -216,7 +234,7 @@ def _fold_class_position(found: Translated) -> None:
     if "register_tokens" in "".join(origin.get("reg_token", ())) and {"cls_token", "pos_embed"} <= tensors.keys():
         token, table = tensors["cls_token"], tensors["pos_embed"]
         if token.dim() == table.dim() == 3 and token.shape[-1] == table.shape[-1] and table.shape[1]:
-            tensors["cls_token"], tensors["pos_embed"] = token + table[:, :1], table[:, 1:]
+            tensors["cls_token"], tensors["pos_embed"] = added(token, table[:, :1]), table[:, 1:]
             origin["cls_token"] += origin["pos_embed"]
 
 
@@ -226,4 +244,4 @@ def _unfold_class_position(state: dict[str, Tensor], layout: Layout, wanted: Map
         named = any(name.endswith("register_tokens") for name in wanted or ())
     if named and "reg_token" in state and "pos_embed" in state:
         table = state["pos_embed"]
-        state["pos_embed"] = torch.cat([table.new_zeros(1, 1, table.shape[-1]), table], 1)
+        state["pos_embed"] = joined([table.new_zeros(1, 1, table.shape[-1]), table], 1)

@@ -1,6 +1,7 @@
 """NumPy's .npz without NumPy: a zip of arrays, each with a header that is one short line of literals."""
 
 import ast
+import functools
 import math
 import zipfile
 from collections.abc import Callable, Iterable
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .error import CheckpointError
-from .files import Entry, as_tensor, checked_shape
+from .files import Entry, checked_shape, filled
 
 MOST_LINE = 4096
 # compressed weights are hardly smaller than the weights; a bomb is a thousand times
@@ -65,6 +66,7 @@ def entries(path: Path, size: int) -> Iterable[Entry]:
     Raises:
         CheckpointError: an array of objects, of a dtype no tensor has, or that claims another size than it has.
     """
+    opened = functools.cache(functools.partial(zipfile.ZipFile, path))
     with open_zip(path, size) as archive:
         found = []
         for part in archive.infolist():
@@ -78,7 +80,7 @@ def entries(path: Path, size: int) -> Iterable[Entry]:
                 raise CheckpointError(
                     f"fastvit: {path}: {name!r} {shape} needs {wanted} bytes, the archive has {part.file_size - start}"
                 )
-            found.append(Entry(name, shape, dtype, _reader(path, part.filename, start, wanted, shape, dtype, fortran)))
+            found.append(Entry(name, shape, dtype, _reader(opened, part.filename, start, shape, dtype, fortran)))
     return found
 
 
@@ -103,13 +105,17 @@ def _header(file: IO[bytes], name: str) -> tuple[int, tuple[int, ...], torch.dty
 
 
 def _reader(
-    path: Path, part: str, start: int, size: int, shape: tuple[int, ...], dtype: torch.dtype, fortran: bool
+    archive: Callable[[], zipfile.ZipFile],
+    part: str,
+    start: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    fortran: bool,
 ) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        with zipfile.ZipFile(path) as archive, archive.open(part) as file:
+        with archive().open(part) as file:
             file.read(start)
-            data = file.read(size)
-        tensor = as_tensor(data, size, shape[::-1] if fortran else shape, dtype)
+            tensor = filled(file, shape[::-1] if fortran else shape, dtype)
         return tensor.permute(*reversed(range(len(shape)))) if fortran else tensor
 
     return read

@@ -4,6 +4,7 @@ torch.load(weights_only=True) is as strict about code, but it allocates what the
 before anybody has seen a shape.
 """
 
+import functools
 import math
 import pickle
 import zipfile
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .error import CheckpointError
-from .files import Entry, as_tensor, checked_shape
+from .files import Entry, checked_shape, filled
 from .npz import open_zip
 
 MOST_PICKLE = 64 << 20
@@ -186,13 +187,13 @@ def entries(path: Path, size: int) -> Iterable[Entry]:
             raise CheckpointError(f"fastvit: {path} was written on a big-endian machine")
         with archive.open(pickles[0]) as file:
             tensors = _described(file, path)
-    found = []
+    found, opened = [], functools.cache(functools.partial(zipfile.ZipFile, path))
     for name, tensor in tensors.items():
         part = f"{root}data/{tensor.storage.key}"
         wanted = tensor.storage.numel * tensor.storage.dtype.itemsize
         if sizes.get(part) != wanted:
             raise CheckpointError(f"fastvit: {path}: {name!r} needs {wanted} bytes, {part} has {sizes.get(part)}")
-        found.append(Entry(name, tensor.shape, tensor.storage.dtype, _reader(path, part, wanted, tensor)))
+        found.append(Entry(name, tensor.shape, tensor.storage.dtype, _reader(opened, part, tensor)))
     if sum(entry.bytes for entry in found) > 4 * size:
         raise CheckpointError(f"fastvit: {path} shows the same numbers in more than four tensors each")
     return found
@@ -214,11 +215,11 @@ def _described(file: Any, path: Path) -> dict[str, _Strided]:
     return {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, _Strided)}
 
 
-def _reader(path: Path, part: str, size: int, tensor: _Strided) -> Callable[[], Tensor]:
+def _reader(archive: Callable[[], zipfile.ZipFile], part: str, tensor: _Strided) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        with zipfile.ZipFile(path) as archive:
-            data = archive.read(part)
-        flat = as_tensor(data, size, (tensor.storage.numel,), tensor.storage.dtype)
-        return flat.as_strided(tensor.shape, tensor.stride, tensor.offset).clone()
+        with archive().open(part) as file:
+            flat = filled(file, (tensor.storage.numel,), tensor.storage.dtype)
+        shown = flat.as_strided(tensor.shape, tensor.stride, tensor.offset)
+        return shown if shown.numel() == flat.numel() else shown.clone()
 
     return read

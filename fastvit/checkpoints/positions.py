@@ -2,12 +2,11 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from ..resample import resample_positions
 from .error import CheckpointError
-from .layout import Translated
+from .layout import Translated, added, joined
 
 # how each library interpolates; "original" is SciPy's zoom of order 1, which google-research/vision_transformer calls
 WAYS: dict[str, dict] = {
@@ -51,14 +50,14 @@ def fit_positions(
         _fold(found, table[:, :own_prefix])
         table = table[:, own_prefix:]
     elif goal_prefix == prefix and not own_prefix:
-        table = torch.cat([table.new_zeros(1, prefix, table.shape[-1]), table], 1)
+        table = joined([table.new_zeros(1, prefix, table.shape[-1]), table], 1)
     found.tensors["pos_embed"] = table
 
 
 def _fold(found: Translated, rows: Tensor) -> None:
     names = [name for name in PREFIX_TOKENS if name in found.tensors]
     for name, own in zip(names, rows.split([found.tensors[name].shape[1] for name in names], 1), strict=True):
-        found.tensors[name] = found.tensors[name] + own
+        found.tensors[name] = added(found.tensors[name], own)
         found.origin[name] += found.origin["pos_embed"]
 
 
