@@ -237,7 +237,13 @@ class VisionTransformer(nn.Module):
 
 
 def create_model(
-    name: str, checkpoint: str | PathLike[str] | None = None, *, device=None, dtype=None, **options: Any
+    name: str,
+    checkpoint: str | PathLike[str] | None = None,
+    *,
+    weights_only: bool | None = None,
+    device=None,
+    dtype=None,
+    **options: Any,
 ) -> VisionTransformer:
     """A Vision Transformer by its timm name, e.g. ``create_model("vit_base_patch16_224", num_classes=10)``.
 
@@ -245,6 +251,7 @@ def create_model(
         name: one of :func:`list_models`.
         checkpoint: a file or directory for :func:`fastvit.load_checkpoint`, which has the options that files may need.
             If ``num_classes`` is given and the file has a head for another number, the model's stays as initialised.
+        weights_only: True reads a ``.pt``, ``.pth`` or ``.bin``, too.
         options: any option of :class:`fastvit.ViTConfig`.
 
     Raises:
@@ -256,7 +263,7 @@ def create_model(
         return model
     from .checkpoints import load_checkpoint  # what no other model needs
 
-    return load_checkpoint(model, checkpoint, drop_head="num_classes" in options)
+    return load_checkpoint(model, checkpoint, weights_only=weights_only, drop_head="num_classes" in options)
 
 
 def list_models() -> list[str]:

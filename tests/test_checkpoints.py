@@ -246,6 +246,10 @@ def test_heads(tmp_path):
     with pytest.raises(CheckpointError, match=r"2 missing: head\.weight, head\.bias"):
         load_checkpoint(ours(), headless)
     load_checkpoint(vit_hf(), headless, drop_head=True)
+    below = {("" if n.startswith("head") else "backbone.") + n: t for n, t in timm_vit().state_dict().items()}
+    safetensors.torch.save_file(below, tmp_path / "below.safetensors")  # a trainer's, with the head beside the backbone
+    kept = ours(num_classes=5).head.weight
+    assert torch.equal(load_checkpoint(ours(), tmp_path / "below.safetensors", drop_head=True).head.weight, kept)
 
 
 def test_create_model(tmp_path):
@@ -263,6 +267,13 @@ def test_create_model(tmp_path):
     assert larger.pos_embed.shape == (1, 17, 192)
     with pytest.raises(ValueError, match="of another shape"):
         fastvit.create_model("vit_tiny_patch16_224", path, **{**small, "mlp_ratio": 3.0})
+    torch.save(source.state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(CheckpointError, match="weights_only=True"):
+        fastvit.create_model("vit_tiny_patch16_224", tmp_path / "vit.pth", **small)
+    pickled = fastvit.create_model("vit_tiny_patch16_224", tmp_path / "vit.pth", weights_only=True, **small)
+    assert torch.equal(pickled.head.weight, source.head.weight)
+    with pytest.raises(FileNotFoundError, match=r"google/vit-base-patch16-224: no such file .* nothing is downloaded"):
+        fastvit.create_model("vit_tiny_patch16_224", "google/vit-base-patch16-224")
 
 
 def test_not_strict_loads_what_is_there_and_says_the_rest(tmp_path):
@@ -311,6 +322,9 @@ def test_what_has_no_place_is_refused():
             convert_state_dict(state, dst="torchvision")
     with pytest.raises(CheckpointError, match=r"Looked for .*projection.*Found a, b"):
         convert_state_dict({"a": torch.ones(1), "b": torch.ones(1)})
+    rotary = timm.create_model("vit_small_patch16_dinov3", depth=1, num_classes=0).state_dict()
+    with pytest.raises(CheckpointError, match="DINOv2 has no model without a table of positions"):
+        convert_state_dict(rotary, dst="hf")
     with pytest.raises(CheckpointError, match="Looked for torchvision"):
         convert_state_dict(timm_vit().state_dict(), src="torchvision")
     state = dict(vit_hf().state_dict())

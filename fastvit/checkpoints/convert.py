@@ -48,6 +48,8 @@ def convert_state_dict(state_dict: Mapping[str, Any], src: str = "auto", dst: st
     if found.left:
         raise CheckpointError(f"fastvit.convert_state_dict: no place is known for {shortened(found.left)}")
     layout, prefix = target(found.tensors, dst)
+    if layout is not TIMM and "pos_embed" not in found.tensors:
+        raise CheckpointError(f"fastvit.convert_state_dict: {layout.name} has no model without a table of positions")
     done = from_timm(found.tensors, layout, prefix)
     if done.left:
         names = shortened(sorted({name for part in done.left for name in found.origin.get(part, (part,))}))

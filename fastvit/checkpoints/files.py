@@ -100,6 +100,8 @@ def open_checkpoint(path: str | os.PathLike[str], weights_only: bool | None = No
     if weights_only not in (None, True):
         raise ValueError(f"fastvit: weights_only must be True or left out, got {weights_only!r}: no pickle runs here")
     place = Path(path)
+    if not place.exists():
+        raise FileNotFoundError(f"fastvit: {place}: no such file or directory, and nothing is downloaded here")
     try:
         chosen = _inside(place, weights_only) if place.is_dir() else place
         config = _config_beside(chosen)

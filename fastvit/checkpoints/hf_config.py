@@ -19,6 +19,8 @@ HEADS_OF_WIDTH = {c.embed_dim: c.num_heads for c in PRESETS.values()} | {
     1664: 16,
 }
 NEEDED = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
+# what transformers calls the activations of Vision Transformers
+HIDDEN_ACTS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 # flax.linen.gelu is the tanh form; OpenAI's is x·σ(1.702 x)
 ACTIVATIONS = {"npz": "gelu_pytorch_tanh", "openai": "quick_gelu"}
 

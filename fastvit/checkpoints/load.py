@@ -162,7 +162,7 @@ def _without_head(found: Translated, goal: Translated) -> set[str]:
     """Take the head out of ``found`` if it is not the model's; the names under which the model keeps its own."""
     heads = [{k: shape_of(t) for k, t in side.tensors.items() if k.startswith(HEADS)} for side in (found, goal)]
     foreign = [name for name in goal.left if name.startswith(FOREIGN_HEADS)]
-    found.left = [name for name in found.left if not name.startswith(FOREIGN_HEADS)]
+    found.left = [name for name in found.left if not name.startswith((*HEADS, *FOREIGN_HEADS))]
     if heads[0] == heads[1]:
         return set(foreign)
     for name in heads[0]:

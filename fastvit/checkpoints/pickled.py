@@ -112,7 +112,10 @@ class _Description(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _GLOBALS:
-            raise CheckpointError(f"fastvit: the pickle asks for {module}.{name}"[:200] + ", which is no weight")
+            raise CheckpointError(
+                f"fastvit: the pickle asks for {module}.{name}"[:200]
+                + ", which is no weight; save the state_dict alone"
+            )
         return _GLOBALS[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .convert import target, translate, unwrapped
 from .error import CheckpointError, shape_of, shortened
 from .files import DTYPES, open_checkpoint
-from .hf_config import hf_config
+from .hf_config import HIDDEN_ACTS, hf_config
 from .layout import from_timm
 
 FORMATS = {"hf": "transformers_on_disk", "timm": "timm", "torchvision": "torchvision"}
@@ -51,6 +51,8 @@ def convert_file(
     """
     if to not in FORMATS:
         raise ValueError(f"fastvit.convert_file: to must be one of {tuple(FORMATS)}, got {to!r}")
+    if activation is not None and activation not in HIDDEN_ACTS:
+        raise ValueError(f"fastvit.convert_file: activation must be one of {HIDDEN_ACTS}, got {activation!r}")
     folder = Path(dst)
     weights = folder / "model.safetensors" if to == "hf" else folder
     if weights.suffix != ".safetensors":
