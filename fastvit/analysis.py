@@ -56,6 +56,9 @@ def attention_rollout(source: nn.Module | Sequence[Tensor], x: Images | None = N
     def follow(_: int, maps: Tensor) -> None:
         nonlocal rollout
         mean = _square("attention_rollout", maps).mean(1)
+        if rollout is not None and rollout.shape != mean.shape:
+            shapes = f"{tuple(rollout.shape)} and {tuple(mean.shape)}"
+            raise ValueError(f"fastvit.attention_rollout: maps of all layers must have the same B and N, got {shapes}")
         step = 0.5 * mean + 0.5 * torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
         rollout = step if rollout is None else step @ rollout
 
@@ -94,7 +97,9 @@ def attention_distance(
         TypeError: neither maps with grid and patch_size nor a model with x. ValueError: maps that do not fit the grid;
             what ``attention_maps`` raises.
     """
-    if isinstance(source, nn.Module) and x is not None and (grid is None or patch_size is None):
+    if isinstance(source, nn.Module) and x is None:
+        raise TypeError("fastvit.attention_distance: a model needs x=, its input")
+    if isinstance(source, nn.Module) and (grid is None or patch_size is None):
         embedding, found = image_grid(source, x)
         grid, patch_size = grid or found, patch_size or embedding.patch_size
     if grid is None or patch_size is None:
@@ -210,7 +215,12 @@ def _patches(function: str, tokens: int, grid: Any) -> slice:
 
 def _distances(grid: tuple[int, int], patch_size: int | tuple[int, int]) -> Tensor:
     """(rows·columns, rows·columns) distances of the centres of patches in pixels."""
-    p, q = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    sides = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    if not isinstance(sides, Sequence) or len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
+        raise ValueError(
+            f"fastvit.attention_distance: patch_size must be pixels or (height, width) of them, got {patch_size!r}"
+        )
+    p, q = sides
     y, x = torch.meshgrid(torch.arange(grid[0]) * p, torch.arange(grid[1]) * q, indexing="ij")
     centres = torch.stack([y.flatten(), x.flatten()], -1).double()
     return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
