@@ -21,7 +21,7 @@ from .commands.bench import bench, bench_ops
 from .commands.classify import classify
 from .commands.convert import convert
 from .commands.info import info
-from .commands.terminal import UsageError
+from .commands.terminal import UsageError, reason
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Fused Vision Transformers.")
 for command in (info, classify, attention, convert, bench, bench_ops):
@@ -40,6 +40,10 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (UsageError, OSError) as error:
+        _fail(reason(error), 1)
+    except ImportError as error:
+        if not str(error).startswith("fastvit"):  # what is missing and how to install it
+            raise
         _fail(str(error), 1)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for a wrong option

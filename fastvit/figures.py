@@ -22,13 +22,17 @@ def check_target(path: str | Path) -> Path:
     """Check before any work that a figure can be written to this path.
 
     Raises:
-        FigureError: matplotlib is missing, the suffix is none of png, svg, pdf, or the path is a directory.
+        FigureError: matplotlib is missing, the suffix is none of png, svg, pdf, the path is a directory, or lies
+            where nothing can be written.
     """
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise FigureError(f"{path}: a figure is written as {', '.join(FORMATS)}")
     if path.is_dir():
         raise FigureError(f"{path}: a directory, not a file to write")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise FigureError(f"{path}: {folder} is no directory that can be written to")
     try:
         import matplotlib  # noqa: F401
     except ImportError:

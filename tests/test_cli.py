@@ -1,6 +1,8 @@
 """The command line: what it prints, where it writes, and how it fails."""
 
+import errno
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -201,3 +203,15 @@ def test_without_the_extras_one_line_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "rich", None)
     with pytest.raises(SystemExit, match=r"rich.*fastvit\[cli\]"):
         runpy.run_path(str(cli.__file__))
+
+
+def test_a_missing_extra_and_a_full_disk_are_one_line_each(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.delitem(sys.modules, "fastvit.images", raising=False)
+    monkeypatch.delattr("fastvit.images", raising=False)
+    code, _, err = run("classify", "a.png", "--random-weights", "--model", "vit_tiny_patch16_224")
+    assert (code, err.count("\n")) == (1, 1), err
+    assert "pillow" in err and "fastvit[cli]" in err
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "there.png")
+    monkeypatch.setattr(cli, "app", lambda *arguments, **options: (_ for _ in ()).throw(full))
+    assert run("info")[::2] == (1, "fastvit: there.png: No space left on device\n")

@@ -154,6 +154,7 @@ def test_an_unusable_image_is_named_and_the_others_are_drawn(attention, drawn, t
     ("arguments", "code", "words"),
     [
         (("--figure", "colours"), 1, ("unknown figure", "positions")),
+        (("--figure", "positions,filters"), 1, ("figure must be one name",)),
         (("--layer", "12"), 1, ("layers", "12")),
         (("--head", "3"), 1, ("heads", "3")),
         (("--head", "min"), 1, ("head must be mean, max or a number",)),
@@ -163,17 +164,25 @@ def test_an_unusable_image_is_named_and_the_others_are_drawn(attention, drawn, t
         (("--rollout", "--head", "1"), 1, ("--head",)),
         (("-o", "{tmp}/chart.txt"), 1, ("chart.txt", ".png")),
         (("-o", "{tmp}"), 1, (".png",)),
+        (("-o", "{tmp}/one.jpg/new/o.png"), 1, ("o.png", "one.jpg is no directory")),
+        (("-o", "{tmp}/new/../two.png"), 1, ("two.png", "an image to be read")),
         (("--weights", "x"), 2, ("--weights",)),
     ],
 )
 def test_wrong_requests_fail_in_one_line_and_write_nothing(attention, tmp_path: Path, arguments, code, words) -> None:
     photo().save(tmp_path / "one.jpg")
+    photo().save(tmp_path / "two.png")
+    (tmp_path / "new").mkdir()
+    before = (tmp_path / "two.png").read_bytes()
     target = () if "-o" in arguments else ("-o", tmp_path / "o.png")
-    got, out, err = attention(tmp_path / "one.jpg", *target, *(a.format(tmp=tmp_path) for a in arguments))
+    got, out, err = attention(
+        tmp_path / "one.jpg", tmp_path / "two.png", *target, *(a.format(tmp=tmp_path) for a in arguments)
+    )
     assert (got, out) == (code, ""), err
     assert err.startswith("fastvit: ") and err.count("\n") == 1, err
     assert all(word in err for word in words), err
     assert not (tmp_path / "o.png").exists()
+    assert (tmp_path / "two.png").read_bytes() == before
 
 
 def test_an_image_is_asked_for_where_one_is_needed(attention, tmp_path: Path) -> None:

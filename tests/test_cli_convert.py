@@ -65,6 +65,8 @@ def test_a_refusal_is_one_line_and_writes_nothing(run, weights: Path, tmp_path: 
         ((tmp_path / "vit.pth", target, "--to", "timm"), ("vit.pth", "--weights-only")),
         ((weights, tmp_path / "there.safetensors", "--to", "timm"), ("there.safetensors", "--overwrite")),
         ((weights, tmp_path / "hf", "--num-heads", "7"), ("num_heads", "7")),
+        ((weights, tmp_path / "hf", "--activation", "swiglu"), ("activation", "quick_gelu")),
+        ((weights, target, "--to", "timm,hf"), ("layout must be one name",)),
     ):
         code, out, err = run("convert", *arguments)
         assert (code, out) == (1, ""), arguments

@@ -210,3 +210,10 @@ def test_another_size_and_another_crop_can_be_asked_for(run, tmp_path: Path) -> 
         assert (code, err) == (0, "")
         tops.append(out)
     assert len(set(tops)) == 4
+
+
+def test_a_side_that_is_no_multiple_of_the_patches_is_refused(run, tmp_path: Path) -> None:  # noqa: F811
+    save(tmp_path, vit)
+    code, out, err = run("classify", *photographs(), "--checkpoint", tmp_path, "--img-size", 90)
+    assert (code, out) == (1, "")
+    assert "img-size 90 is not divisible by the patches" in err and err.count("\n") == 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import models
-from .terminal import Json, UsageError, as_usage_errors, checked_names, printable, progress
+from .terminal import Json, UsageError, as_usage_errors, checked_name, printable, progress
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ def attention(
     """
     from fastvit import figures
 
-    (kind,) = checked_names([figure], FIGURES, "figure") or FIGURES[:1]
+    kind = checked_name(figure, FIGURES, "figure", FIGURES[0])
     view = View(layer, rollout, _head(head), _patch(query))
     if rollout and (layer, head) != (-1, "mean"):
         raise UsageError("--rollout is over all layers, of the mean of all heads: leave out --layer and --head")
@@ -87,7 +87,7 @@ def attention(
     )
     loaded = models.load(asked, classifier=False)
     failures: list[str] = []
-    pictures = _pictures(images or [], failures) if kind in ("attention", "distance") else []
+    pictures = _pictures(images or [], output, failures) if kind in ("attention", "distance") else []
     told: dict[str, Any] = {"figure": kind, "model": loaded.name}
     with as_usage_errors(ValueError, TypeError, RuntimeError):
         drawn = _draw(kind, loaded, pictures, view, told)
@@ -112,7 +112,7 @@ def _patch(text: str) -> tuple[int, int] | None:
     return int(row), int(column)
 
 
-def _pictures(names: list[str], failures: list[str]) -> list[Any]:
+def _pictures(names: list[str], output: Path, failures: list[str]) -> list[Any]:
     """The images that can be read, as PIL has them; what is wrong with the others goes to stderr and ``failures``."""
     from fastvit.images import ImageError, find_images, read_rgb
 
@@ -121,6 +121,8 @@ def _pictures(names: list[str], failures: list[str]) -> list[Any]:
         try:
             if isinstance(name, ImageError):
                 raise name
+            if output.exists() and name.exists() and output.samefile(name):
+                raise UsageError(f"{output}: an image to be read; give the figure another name")
             found.append(read_rgb(name))
         except ImageError as error:
             failures.append(printable(error))

@@ -15,7 +15,7 @@ import typer
 
 from . import models
 from .labels import read_labels
-from .terminal import Json, UsageError, printable, progress
+from .terminal import Json, UsageError, as_usage_errors, printable, progress
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +132,9 @@ def _softmax(loaded: models.Loaded, pixels: "Sequence[torch.Tensor]") -> "torch.
 
     if not pixels:
         return ()
-    with torch.inference_mode(), fastvit.backend(loaded.backend):
+    # a demanded backend refuses what it cannot run, and memory ends where --batch-size is too large
+    refusals = as_usage_errors(fastvit.BackendError, torch.OutOfMemoryError)
+    with refusals, torch.inference_mode(), fastvit.backend(loaded.backend):
         return loaded.logits(torch.stack(list(pixels))).float().softmax(-1).cpu()
 
 

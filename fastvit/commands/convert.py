@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .terminal import Json, as_usage_errors, checked_names
+from .terminal import Json, as_usage_errors, checked_name
 
 LAYOUTS = ("hf", "timm", "torchvision")
 
@@ -24,14 +24,14 @@ def convert(
     json: Json = False,
 ) -> None:
     """Write a checkpoint under the names, and in the order, of another library."""
-    layouts = checked_names([to], LAYOUTS, "layout") or ["hf"]
+    layout = checked_name(to, LAYOUTS, "layout", "hf")
     with as_usage_errors(ValueError, OSError, RuntimeError, ImportError):
         from fastvit.checkpoints import convert_file
 
         told = convert_file(
             source,
             target,
-            to=layouts[0],
+            to=layout,
             overwrite=overwrite,
             weights_only=weights_only or None,
             num_heads=num_heads or None,

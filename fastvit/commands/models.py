@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .terminal import UsageError, as_usage_errors, backend_names, benchmarks, checked_names, torch_device
+from .terminal import UsageError, as_usage_errors, backend_names, benchmarks, checked_name, torch_device
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,9 @@ RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Do withou
 WeightsOnly = Annotated[
     bool, typer.Option("--weights-only", help="Allow a .pt, .pth or .bin, of which only tensors are unpickled.")
 ]
-ImgSize = Annotated[int, typer.Option(min=0, help="Side in pixels that the model sees.  [default: its own]")]
+ImgSize = Annotated[
+    int, typer.Option(min=0, max=10_000, help="Side in pixels that the model sees.  [default: its own]")
+]
 CropPct = Annotated[float, typer.Option(min=0, max=1, help="Share of the shorter side to keep.  [default: timm's]")]
 Mean = Annotated[str, typer.Option(help="Of the channels, in 0..1: one number or R,G,B.  [default: the model's]")]
 Std = Annotated[str, typer.Option(help="Likewise.")]
@@ -98,6 +100,7 @@ def load(asked: Request, classifier: bool = True) -> Loaded:
         UsageError: an option that is wrong, or a checkpoint that does not fit or is refused, with the reason.
     """
     import fastvit
+    from fastvit import backends
 
     from . import pretrained
 
@@ -106,22 +109,26 @@ def load(asked: Request, classifier: bool = True) -> Loaded:
     if asked.no_accelerate and asked.backend not in ("", "reference"):
         raise UsageError("--no-accelerate and --backend exclude each other")
     mean, std = channels(asked.mean, "mean"), channels(asked.std, "std")
-    names = checked_names([asked.model], fastvit.list_models(), "model")
-    dtypes = checked_names([cases.ALIASES.get(asked.dtype, asked.dtype)], list(cases.DTYPES), "dtype")
-    ways = checked_names([asked.backend], backend_names(), "backend")
+    name = checked_name(asked.model, fastvit.list_models(), "model")
+    dtype = cases.DTYPES[
+        checked_name(cases.ALIASES.get(asked.dtype, asked.dtype), list(cases.DTYPES), "dtype", "float32")
+    ]
+    way = checked_name(asked.backend, backend_names(), "backend", "auto")
+    why = backends.why_unavailable(way)
+    if why is not None:
+        raise UsageError(f"--backend {way}: {why}")
     place = torch_device(asked.device)
     if directory:
         loaded = pretrained.load(asked, directory, classifier)
     else:
-        loaded = _of_file(names[0] if names else "", asked, classifier)
-    dtype = cases.DTYPES[dtypes[0] if dtypes else "float32"]
+        loaded = _of_file(name, asked, classifier)
     return replace(
         loaded,
         model=loaded.model.eval().to(place, dtype),
         prepare=replace(loaded.prepare, mean=mean or loaded.prepare.mean, std=std or loaded.prepare.std),
         device=place,
         dtype=dtype,
-        backend="reference" if asked.no_accelerate else ways[0] if ways else "auto",
+        backend="reference" if asked.no_accelerate else way,
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .labels import as_labels, read_json
 from .models import Loaded, Request
-from .terminal import UsageError, as_usage_errors
+from .terminal import UsageError, as_usage_errors, benchmarks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +51,8 @@ def load(asked: Request, directory: Path, classifier: bool) -> Loaded:
         raise UsageError(f"{directory}: its images are prepared as {size}, but the model takes {_image_size(tower)}")
     labels = as_labels(config["id2label"], directory / "config.json") if "id2label" in config else None
     ours = vit_config(config, size) if headed else None
+    if ours is not None and size[0] % tower.get("patch_size", 16):
+        raise UsageError(f"img-size {size[0]} is not divisible by the patches of {directory}, {tower['patch_size']}")
     model: Any = _ours(ours, directory) if ours is not None else _theirs(directory, headed)
     return Loaded(
         name=directory.resolve().name,
@@ -142,6 +144,7 @@ def _theirs(directory: Path, headed: bool) -> Any:
         import transformers
     except ImportError:
         raise UsageError(f"{directory}: this model needs transformers:  pip install transformers") from None
+    benchmarks("peers").repair_torchvision()  # transformers imports the torchvision it finds, even one that is broken
     options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     auto = transformers.AutoModelForImageClassification if headed else transformers.AutoModel
     with _silent(transformers.utils.logging):

@@ -40,6 +40,13 @@ def checked_names(values: Iterable[str] | None, valid: Sequence[str], kind: str)
     return names
 
 
+def checked_name(value: str, valid: Sequence[str], kind: str, default: str = "") -> str:
+    """The one name that was asked for, checked as above; ``default`` for "", which nobody has to type."""
+    if "," in value:
+        raise UsageError(f"{kind} must be one name, got {value!r}")
+    return next(iter(checked_names([value], valid, kind)), default)
+
+
 def backend_names() -> list[str]:
     """What --backend takes."""
     from fastvit import backends
@@ -66,13 +73,22 @@ def torch_device(name: str) -> Any:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def reason(error: BaseException) -> str:
+    """What an exception says, an error of the system without its number: "place: No space left on device"."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return str(error)
+
+
 @contextmanager
 def as_usage_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Errors of these kinds, raised inside, become a UsageError that speaks of options, not of arguments."""
     try:
         yield
     except kinds as error:
-        text = re.sub(r"^fastvit(\.\w+)*: ", "", str(error)).replace("; drop_head=True keeps the model's own head", "")
+        text = re.sub(r"^fastvit(\.\w+)*: ", "", reason(error)).replace(
+            "; drop_head=True keeps the model's own head", ""
+        )
         for argument in ("weights_only", "overwrite"):
             text = text.replace(f"{argument}=True", f"--{argument.replace('_', '-')}")
         raise UsageError(text) from None
