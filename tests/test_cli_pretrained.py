@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastvit.benchmarks.images import photographs
-from models import randomize
+from models import randomize, timm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_cli import run  # noqa: F401  (a fixture)
@@ -217,3 +217,17 @@ def test_a_side_that_is_no_multiple_of_the_patches_is_refused(run, tmp_path: Pat
     code, out, err = run("classify", *photographs(), "--checkpoint", tmp_path, "--img-size", 90)
     assert (code, out) == (1, "")
     assert "img-size 90 is not divisible by the patches" in err and err.count("\n") == 1
+
+
+def test_what_convert_writes_of_another_model_is_drawn(run, tmp_path: Path) -> None:  # noqa: F811
+    """timm's DINOv2 has no mask token, which transformers' model has and no image needs."""
+    model = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=56, embed_dim=48, depth=1, num_heads=3)
+    save_file(randomize(model).state_dict(), tmp_path / "dino.safetensors")
+    code, out, err = run("convert", tmp_path / "dino.safetensors", tmp_path / "dino", "--num-heads", 3)
+    assert (code, err) == (0, "")
+    assert "Dinov2WithRegistersModel (3 heads, gelu)" in out
+    options = ("--checkpoint", tmp_path / "dino", "--mean", "0.5", "--std", "0.5", "--device", "cpu")
+    target = tmp_path / "drawn.png"
+    code, _, err = run("attention", photographs()[0], "-o", target, *options)
+    assert (code, err) == (0, "")
+    assert target.exists()

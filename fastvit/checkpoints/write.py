@@ -81,7 +81,9 @@ def convert_file(
         raise CheckpointError(f"fastvit.convert_file: {src}: {str(error).removeprefix('fastvit: ')}") from error
     _replace(places, done.tensors, config)
     numbers = sum(tensor.numel() for tensor in done.tensors.values())
-    made = f" of {config['architectures'][0]}" if config else ""
+    made = ""
+    if config:  # heads and activation are not in the weights: what was taken is said
+        made = " of {architectures[0]} ({num_attention_heads} heads, {hidden_act})".format(**config)
     return f"{len(done.tensors)} tensors, {numbers / 1e6:.1f} M parameters{made}, from {library} to {folder}"
 
 
