@@ -211,13 +211,12 @@ def llava() -> nn.Module:
 
 PROMPT = torch.cat([torch.full((2, 25), 48), IDS], 1)
 
-GATED = (2, "the MLP is gated")
 
 OF_TRANSFORMERS = [
     of_transformers("ViT", "ViTForImageClassification", "ViTConfig", **LABELS),
     of_transformers("DeiT, two heads", "DeiTForImageClassificationWithTeacher", "DeiTConfig", **LABELS),
     of_transformers("DINOv2", "Dinov2ForImageClassification", "Dinov2Config", mlp_ratio=2, **LABELS),
-    of_transformers("DINOv2, SwiGLU", "Dinov2Model", "Dinov2Config", mlp_ratio=2, use_swiglu_ffn=True, eager=GATED),
+    of_transformers("DINOv2, SwiGLU", "Dinov2Model", "Dinov2Config", mlp_ratio=2, use_swiglu_ffn=True),
     of_transformers("DINOv2, registers", "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", mlp_ratio=2),
     of_transformers("DINOv3", "DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=4, pos_embed_rescale=None),
     of_transformers(
@@ -227,7 +226,6 @@ OF_TRANSFORMERS = [
         use_gated_mlp=True,
         hidden_act="silu",
         pos_embed_rescale=None,
-        eager=GATED,
     ),
     of_transformers(
         "BEiT",

@@ -13,11 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..fused import BLOCK_OPS, IDLE_HOOKS, fused_block, fused_mlp, has_hooks, heads, projected
+from ..fused import (
+    BLOCK_OPS,
+    IDLE_HOOKS,
+    add_branch,
+    attend,
+    fused_block,
+    fused_mlp,
+    has_hooks,
+    heads,
+    normed,
+    projected,
+)
 from ..parts import ABSENT, AttentionParts, BlockParts, MlpParts, Norm, activation_name, activation_of, linear_parts
 from . import Attended, BlockCall, Options, Plan
 from .attention_interface import attention_arguments, attention_forward, collecting_attentions, register
-from .torch_modules import plan_patches, why_not_linear, why_not_norm
+from .torch_modules import layer_norm_forward, plan_patches, why_not_linear, why_not_norm
 
 __all__ = ["plan", "register"]
 
@@ -102,6 +113,7 @@ _GATED_MLPS = {
     "dinov2_with_registers.Dinov2WithRegistersSwiGLUFFN",
     "dinov3_vit.DINOv3ViTGatedMLP",
 }
+_GATED = ("gate_proj", "up_proj", "down_proj")
 # modules that hold a projection of patches, and its attribute
 _PATCHES = {
     **{
@@ -246,9 +258,19 @@ def _layer(family: Family, layer: Any, *args: Any, **kwargs: Any) -> Tensor:
     asked = kwargs.get("output_attentions") or collecting_attentions(getattr(layer, family.attention))
     call = None if asked else layer_call(family, layer, *args, **kwargs)
     if call is not None:
-        return fused_block(layer, *call)
+        return _gated_layer(family, layer, call) if hasattr(layer.mlp, _GATED[0]) else fused_block(layer, *call)
     forward = inspect.unwrap(type(layer).forward)  # without the checkpointing that its class puts around it
     return forward(layer, *args, **kwargs)
+
+
+def _gated_layer(family: Family, layer: Any, call: BlockCall) -> Tensor:
+    x, mask, causal, rotate = call
+    (norm, attention), mlp = norm_and_attention(family, layer), layer.mlp
+    gammas, drop_path = (family.layer_scale1, family.layer_scale2), getattr(layer, family.drop_path)
+    h = attend(attention, projected(attention, normed(x, norm)), mask, causal, rotate)
+    x = add_branch(x, h, attention.proj, ABSENT, _gamma(layer, gammas[0]), drop_path)
+    h = gated(mlp, layer_norm_forward(getattr(layer, family.norm2), x))
+    return add_branch(x, h, linear_parts(mlp.down_proj), ABSENT, _gamma(layer, gammas[1]), drop_path)
 
 
 def attention_module_forward(
@@ -272,8 +294,15 @@ def attention_module_forward(
     return ops.linear(y.flatten(2), *parts.proj), weights
 
 
+def gated(mlp: Any, x: Tensor) -> Tensor:
+    """What a gated MLP's last projection reads, (..., D) to (..., hidden): act(gate) · up (arXiv 2002.05202)."""
+    return mlp.act_fn(ops.linear(x, *linear_parts(mlp.gate_proj))) * ops.linear(x, *linear_parts(mlp.up_proj))
+
+
 def mlp_forward(mlp: Any, hidden_states: Tensor) -> Tensor:
     """An MLP, (..., D) to (..., D)."""
+    if hasattr(mlp, _GATED[0]):
+        return ops.linear(gated(mlp, hidden_states), *linear_parts(mlp.down_proj))
     return fused_mlp(mlp_parts(mlp), hidden_states)
 
 
@@ -289,7 +318,7 @@ def _why_not_attention(attn: Any) -> str | None:
 def _why_not_mlp(mlp: Any) -> str | None:
     name = _name(mlp)
     if name in _GATED_MLPS:
-        return f"the MLP is gated ({type(mlp).__name__}), which has no fused form"
+        return next((why for n in _GATED if (why := why_not_linear(n, getattr(mlp, n)))), None)
     if name not in _MLPS:
         return f"MLP is {type(mlp).__name__}"
     fc1, fc2, act = ("fc1", "fc2", "activation_fn") if hasattr(mlp, "fc1") else ("up_proj", "down_proj", "act_fn")
@@ -342,9 +371,12 @@ def _plan(module: Any, options: Options, parent: nn.Module | None) -> Plan | str
     name = _name(module)
     if name in _LAYERS:
         family = _LAYERS[name]
-        reason = _why_not_layer(family, module, options)
+        if reason := _why_not_layer(family, module, options):
+            return reason
         forward, parts, call = partial(layer_forward, family), partial(layer_parts, family), partial(layer_call, family)
-        return reason or Plan(forward, BLOCK_OPS, whole=True, parts=parts, call=call)
+        if _name(module.mlp) in _GATED_MLPS:
+            return Plan(forward, ("layer_norm", "linear", "attention"), whole=True)
+        return Plan(forward, BLOCK_OPS, whole=True, parts=parts, call=call)
     if name in _ATTENTIONS:
         reason = _why_not_attention(module) if options.attention else "attention=False"
         return reason or Plan(attention_module_forward, ("linear", "attention"), whole=True)
