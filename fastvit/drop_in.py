@@ -67,6 +67,9 @@ class Report(list[Row]):
         )
 
 
+_HOOKED = "a module inside it carries a hook or a forward of its own, which fusion would skip"
+
+
 def _plan(module: nn.Module, options: Options, parent: nn.Module | None) -> Plan | str | None:
     known = (found for adapter in loaded() if (found := adapter.plan(module, options, parent)) is not None)
     found = next(known, None)
@@ -74,6 +77,8 @@ def _plan(module: nn.Module, options: Options, parent: nn.Module | None) -> Plan
         found = plan_layer_norm(module, options)
     if isinstance(found, Plan) and has_own_forward(module):
         return "its forward was replaced on the instance"
+    if isinstance(found, Plan) and found.whole and has_hooks(module):
+        return _HOOKED
     return found
 
 
@@ -123,7 +128,6 @@ def _call_part(fused: Callable[..., Any], module: nn.Module, *args: Any, **kwarg
 
 # what torch.nn.DataParallel calls to copy a module's dictionary
 REPLICATE = "_replicate_for_data_parallel"
-_HOOKED = "a module inside it carries a hook or a forward of its own, which fusion would skip"
 
 
 def _replica(module: nn.Module) -> nn.Module:

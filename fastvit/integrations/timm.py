@@ -6,7 +6,7 @@ import timm.layers
 import timm.models.vision_transformer as vit
 from torch import nn
 
-from ..fused import BLOCK_OPS, fused_block, fused_blocks, has_hooks
+from ..fused import BLOCK_OPS, fused_block, fused_blocks
 from ..parts import block_parts
 from . import Attended, Options, Plan, timm_blocks, timm_layers
 from .timm_blocks import block_call
@@ -34,20 +34,13 @@ def _why_not_block(block: Any, options: Options) -> str | None:
     )
 
 
-def plan(module: nn.Module, options: Options, parent: nn.Module | None = None) -> Plan | str | None:
-    """How to fuse this module, why not, or None when it is none of timm's ViT modules."""
-    found = _plan(module, options)
-    if isinstance(found, Plan) and found.whole and has_hooks(module):
-        return "a module inside it carries a hook or a forward of its own, which the fused forward would skip"
-    return found
-
-
 def attention_of(module: nn.Module) -> Attended | None:
     """How to read the attention of a block."""
     return timm_blocks.attention_of(module)
 
 
-def _plan(module: Any, options: Options) -> Plan | str | None:
+def plan(module: Any, options: Options, parent: nn.Module | None = None) -> Plan | str | None:
+    """How to fuse this module, why not, or None when it is none of timm's ViT modules."""
     if same_forward(module, vit.Block):
         reason = _why_not_block(module, options)
         return reason or Plan(fused_block, BLOCK_OPS, whole=True, parts=block_parts, call=block_call)

@@ -6,7 +6,7 @@ import torchvision.models.vision_transformer as vit
 from torch import Tensor, nn
 
 from .. import ops
-from ..fused import BLOCK_OPS, active, fused_block, fused_blocks, has_hooks
+from ..fused import BLOCK_OPS, active, fused_block, fused_blocks
 from ..parts import ABSENT, AttentionParts, BlockParts, LinearParts, MlpParts, Norm, activation_name, activation_of
 from . import Attended, BlockCall, Options, Plan
 from .torch_modules import plan_patches, same_forward, why_not_linear, why_not_norm
@@ -98,14 +98,6 @@ def _why_not_block(block: Any, options: Options) -> str | None:
     return _why_not_attention(block.self_attention) or _why_not_mlp(block.mlp)
 
 
-def plan(module: nn.Module, options: Options, parent: nn.Module | None = None) -> Plan | str | None:
-    """How to fuse this module, why not, or None when it is none of torchvision's ViT modules."""
-    found = _plan(module, options, parent)
-    if isinstance(found, Plan) and found.whole and has_hooks(module):
-        return "a module inside it carries a hook or a forward of its own, which the fused forward would skip"
-    return found
-
-
 def attention_of(module: Any) -> Attended | None:
     """How to read the attention of an EncoderBlock."""
     if not same_forward(module, vit.EncoderBlock) or why_not_norm(module.ln_1):
@@ -118,7 +110,8 @@ def norm_and_attention(block: Any) -> tuple[Norm, AttentionParts]:
     return (block.ln_1.weight, block.ln_1.bias, block.ln_1.eps), attention_parts(block.self_attention)
 
 
-def _plan(module: Any, options: Options, parent: nn.Module | None) -> Plan | str | None:
+def plan(module: Any, options: Options, parent: nn.Module | None = None) -> Plan | str | None:
+    """How to fuse this module, why not, or None when it is none of torchvision's ViT modules."""
     if same_forward(module, vit.EncoderBlock):
         reason = _why_not_block(module, options)
         return reason or Plan(block_forward, BLOCK_OPS, whole=True, parts=block_parts, call=block_call)

@@ -20,7 +20,6 @@ from ..fused import (
     attend,
     fused_block,
     fused_mlp,
-    has_hooks,
     heads,
     normed,
     projected,
@@ -343,14 +342,6 @@ def _why_not_layer(family: Family, layer: Any, options: Options) -> str | None:
     return _why_not_attention(getattr(layer, family.attention)) or _why_not_mlp(layer.mlp)
 
 
-def plan(module: nn.Module, options: Options, parent: nn.Module | None = None) -> Plan | str | None:
-    """How to fuse this module, why not, or None when it is none of transformers' ViT modules."""
-    found = _plan(module, options, parent)
-    if isinstance(found, Plan) and found.whole and has_hooks(module):
-        return "a module inside it carries a hook or a forward of its own, which the fused forward would skip"
-    return found
-
-
 def attention_of(module: Any) -> Attended | None:
     """How to read the attention of an encoder layer."""
     family = _LAYERS.get(_name(module))
@@ -367,7 +358,8 @@ def norm_and_attention(family: Family, layer: Any) -> tuple[Norm, AttentionParts
     return (norm.weight, norm.bias, norm.eps), attention_parts(getattr(layer, family.attention))
 
 
-def _plan(module: Any, options: Options, parent: nn.Module | None) -> Plan | str | None:
+def plan(module: Any, options: Options, parent: nn.Module | None = None) -> Plan | str | None:
+    """How to fuse this module, why not, or None when it is none of transformers' ViT modules."""
     name = _name(module)
     if name in _LAYERS:
         family = _LAYERS[name]
