@@ -135,6 +135,7 @@ def test_training_with_dropout(rate):
     assert torch.allclose(fused, fastvit.restore(model)(x), atol=1e-3)
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
 @pytest.mark.parametrize("options", [{}, {"init_values": 0.1}], ids=str)
