@@ -22,6 +22,8 @@ KNOWN = "_fastvit_known"
 # where accelerate leaves, on a module whose children's forwards are skipped, the classes of all modules below it
 KINDS = "_fastvit_kinds"
 BLOCK_OPS = ("encoder", "layer_norm", "linear", "attention", "norm_mlp")
+# those of a block whose branches run one after the other
+BRANCH_OPS = ("layer_norm", "linear", "attention")
 # linear layers of a block: the projection to queries, keys and values, attention's own, fc1, fc2
 LINEARS = 4
 
@@ -147,18 +149,6 @@ def heads(parts: AttentionParts, qkv: Tensor, rotate: Rotation | None = None) ->
     q, k, v = qkv.unflatten(-1, (3, parts.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k = (t if norm is None else normed(t, norm) for t, norm in ((q, parts.q_norm), (k, parts.k_norm)))
     return (q, k, v) if rotate is None else (*rotate(q, k), v)
-
-
-def fused_attention(
-    parts: AttentionParts,
-    x: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    rotate: Rotation | None = None,
-) -> Tensor:
-    """An attention module, (B, N, D) to (B, N, D), its children's forwards skipped but for the last dropout's."""
-    y = attend(parts, projected(parts, x), attn_mask, is_causal, rotate)
-    return parts.proj_drop(ops.linear(y, *parts.proj))
 
 
 def fused_mlp(parts: MlpParts, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ Inputs = dict[str, Tensor]
 class Architecture:
     """One row of the table.
 
-    family: what the row is about, and library: whose.
+    family: what the row is about, and package: of which library.
     make: the model with its library's own initial weights.
     inputs: the arguments of its forward, by name.
     eager: how many of its blocks ``accelerate`` leaves eager or fuses in parts; why: words of what the report says.
@@ -31,7 +31,7 @@ class Architecture:
     """
 
     family: str
-    library: str
+    package: str
     make: Callable[[], nn.Module]
     inputs: Callable[[], Inputs]
     eager: int = 0
@@ -40,7 +40,7 @@ class Architecture:
 
     @property
     def name(self) -> str:
-        return f"{self.library}: {self.family}"
+        return f"{self.package}: {self.family}"
 
     def build(self) -> nn.Module:
         """The model in eval mode with random weights, the same in every call."""

@@ -362,7 +362,7 @@ def row(architecture: Architecture) -> dict[str, str]:
     given = Case(architecture)
     fused = given.fused()
     return {
-        "library": architecture.library,
+        "library": architecture.package,
         "model": architecture.family,
         "fused": str(fused.whole),
         "parts": str(fused.parts),

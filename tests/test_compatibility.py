@@ -29,7 +29,7 @@ def test_numbers_gradients_keys_and_restore(name):
 @pytest.mark.parity
 @pytest.mark.grid(6)
 @pytest.mark.parametrize("check", GRAPHS)
-@pytest.mark.parametrize(("library", "name"), [(a.library, name) for name, a in ARCHITECTURES.items()])
+@pytest.mark.parametrize(("library", "name"), [(a.package, name) for name, a in ARCHITECTURES.items()])
 def test_graphs(library, name, check):
     words = ARCHITECTURES[name].limits.get(check)
     if words is None:

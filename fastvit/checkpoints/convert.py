@@ -99,7 +99,7 @@ def translate(state: Mapping[str, Tensor], src: str = "auto") -> tuple[Translate
         way = "timm"
     elif layout is TIMM and "mask_token" in found.tensors and found.tensors["mask_token"].dim() == 2:  # MAE's has three
         way = "dinov2"
-    return found, way, layout.library
+    return found, way, layout.src
 
 
 def recognise(state: Mapping[str, Tensor], library: str = "auto") -> tuple[Layout, str]:
@@ -108,7 +108,7 @@ def recognise(state: Mapping[str, Tensor], library: str = "auto") -> tuple[Layou
     Raises:
         CheckpointError: none, or several; the message says what was looked for and what was there.
     """
-    candidates = [layout for layout in LAYOUTS if library in ("auto", layout.library)]
+    candidates = [layout for layout in LAYOUTS if library in ("auto", layout.src)]
     found = [(layout, prefix) for layout in candidates for prefix in layout.prefixes(state)]
     if len(found) == 1:
         return found[0]

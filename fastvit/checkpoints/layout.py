@@ -46,7 +46,7 @@ class Layout:
     """
 
     name: str
-    library: str
+    src: str
     markers: tuple[str, ...]
     rules: tuple[Rule, ...]
     resize: str

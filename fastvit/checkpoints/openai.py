@@ -6,7 +6,7 @@ _BLOCK = "transformer.resblocks.{}."
 
 OPENAI = Layout(
     name="OpenAI's CLIP",
-    library="openai",
+    src="openai",
     markers=("conv1.weight", "class_embedding", "ln_pre.weight"),
     rules=rules(
         {

@@ -5,7 +5,7 @@ from .layout import Layout, Rule, rules
 # open_clip keeps a timm tower below visual.trunk and its projection beside it.
 TIMM = Layout(
     name="timm (also the original DeiT, DINOv2, MAE and open_clip's timm towers)",
-    library="timm",
+    src="timm",
     markers=("patch_embed.proj.weight",),
     rules=rules(
         {

@@ -6,7 +6,7 @@ _BLOCK = "encoder.layers.encoder_layer_{}."
 
 TORCHVISION = Layout(
     name="torchvision",
-    library="torchvision",
+    src="torchvision",
     markers=("conv_proj.weight", "encoder.pos_embedding"),
     rules=rules(
         {

@@ -50,7 +50,7 @@ def _vit(block: str, qkv: tuple[str, ...], proj: str, fc1: str, fc2: str) -> tup
 
 VIT = Layout(
     name="transformers ViT or DeiT",
-    library="transformers",
+    src="transformers",
     markers=("embeddings.patch_embeddings.projection.weight", "layers.0.attention.q_proj.weight"),
     rules=_vit("layers.{}.", _QKV, "attention.o_proj", "mlp.fc1", "mlp.fc2"),
     resize="transformers",
@@ -88,7 +88,7 @@ def _dinov2(qkv: tuple[str, ...], proj: str, swiglu: tuple[str, ...], down: str)
 
 DINOV2 = Layout(
     name="transformers DINOv2",
-    library="transformers",
+    src="transformers",
     markers=("embeddings.patch_embeddings.projection.weight", "encoder.layer.0.attention.q_proj.weight"),
     rules=_dinov2(_QKV, "attention.o_proj", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
     resize="transformers",
@@ -108,7 +108,7 @@ _BLOCK = "encoder.layers.{}."
 
 CLIP = Layout(
     name="transformers CLIP or SigLIP tower",
-    library="transformers",
+    src="transformers",
     markers=("embeddings.patch_embedding.weight", "encoder.layers.0.self_attn.q_proj.weight"),
     rules=rules(
         {

@@ -14,7 +14,7 @@ from timm.models import beit, eva, vision_transformer as vit, vision_transformer
 from torch import Tensor, nn
 
 from .. import ops
-from ..fused import BLOCK_OPS, Rotation, add_branch, fused_block
+from ..fused import BLOCK_OPS, BRANCH_OPS, Rotation, add_branch, fused_block
 from ..parts import (
     ABSENT,
     AttentionParts,
@@ -45,7 +45,6 @@ from .torch_modules import layer_norm_forward, same_forward
 
 # a block's ops where its attention takes positions, for which no kernel runs the whole of it
 STEPS = tuple(op for op in BLOCK_OPS if op != "encoder")
-BRANCHES = ("layer_norm", "linear", "attention")
 ROTARY = (eva.EvaAttention, timm.layers.AttentionRope)
 # by name: an older timm has not all of them
 DIFFERENTIAL = ("DiffAttention", "DiffParallelScalingBlock")
@@ -238,7 +237,7 @@ def _plan_block(block: Any, options: Options, forward: Any, call: Any, *attentio
         return reason
     if _plain(block):
         return Plan(forward, STEPS, whole=True, parts=eva_block_parts, call=call)
-    return Plan(forward, BRANCHES, whole=True)
+    return Plan(forward, BRANCH_OPS, whole=True)
 
 
 def _plan_attention(attn: Any, options: Options, forward: Any, *classes: type[nn.Module]) -> Plan | str:
@@ -268,7 +267,7 @@ def plan(module: Any, options: Options) -> Plan | str | None:
         return _plan_attention(module, options, relpos_attention_forward, relpos.RelPosAttention)
     if same_forward(module, vit.ParallelScalingBlock):
         reason = why_not_all(options) or _why_not_parallel(module)
-        return reason or Plan(parallel_block_forward, BRANCHES, whole=True)
+        return reason or Plan(parallel_block_forward, BRANCH_OPS, whole=True)
     return None
 
 

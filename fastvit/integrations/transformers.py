@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..fused import (
     BLOCK_OPS,
+    BRANCH_OPS,
     IDLE_HOOKS,
     add_branch,
     attend,
@@ -367,7 +368,7 @@ def plan(module: Any, options: Options, parent: nn.Module | None = None) -> Plan
             return reason
         forward, parts, call = partial(layer_forward, family), partial(layer_parts, family), partial(layer_call, family)
         if _name(module.mlp) in _GATED_MLPS:
-            return Plan(forward, ("layer_norm", "linear", "attention"), whole=True)
+            return Plan(forward, BRANCH_OPS, whole=True)
         return Plan(forward, BLOCK_OPS, whole=True, parts=parts, call=call)
     if name in _ATTENTIONS:
         reason = _why_not_attention(module) if options.attention else "attention=False"
