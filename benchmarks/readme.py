@@ -54,9 +54,8 @@ def written(readme: str) -> str:
 
 
 def committed_rows(folder: Path = ROOT / "benchmarks" / "results") -> list[dict[str, str]]:
-    """Every row of the model benchmarks in a folder, file by file; other tables lie beside them."""
-    found = [row for path in sorted(folder.glob("rows*.csv")) for row in rows_module.read(path)]
-    return rows_module.of_level(found, rows_module.MODEL)
+    """Every row of the model benchmarks in a folder."""
+    return rows_module.of_level(rows_module.read_folder(folder), rows_module.MODEL)
 
 
 def _of_device(device: str, rows: Sequence[Row]) -> str:

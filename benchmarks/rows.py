@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -65,6 +66,31 @@ R = TypeVar("R", bound=Row)
 def of_level(rows: Iterable[R], level: str) -> list[R]:
     """The rows about whole models, or about ops."""
     return [row for row in rows if (row.get("level") or MODEL) == level]
+
+
+def path_of(folder: str | Path, device: str) -> Path:
+    """Where a folder of results keeps a device's rows: "AMD EPYC, 2 threads" -> amd-epyc-2-threads.csv."""
+    return Path(folder) / f"{stem(device)}.csv"
+
+
+def stem(device: str) -> str:
+    """A device's name as files are called: letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") or "device"
+
+
+def read_folder(folder: str | Path) -> list[dict[str, str]]:
+    """All rows of a folder of results, file by file; other tables may lie beside them."""
+    return [row for path in sorted(Path(folder).glob("*.csv")) if _holds_rows(path) for row in read(path)]
+
+
+def _holds_rows(path: Path) -> bool:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        return set(KEY) <= set(next(csv.reader(file), ()))
+
+
+def is_ours(provider: object) -> bool:
+    """Whether a provider is fastvit, with whichever backend or library's model."""
+    return str(provider).split("-")[0] == "fastvit"
 
 
 def read(path: str | Path) -> list[dict[str, str]]:
