@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,12 +16,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 INT8 = "int8"  # a dtype of whole models only, on a CPU: fastvit.quantize, beside eager in float32
 MODEL_DTYPES = (*DTYPES, INT8)
 DIRECTIONS = FORWARD, TRAINING = "forward", "training"
-TRAINING_DTYPES = ("float32", "bfloat16")
+TRAINING_DTYPES = ("float32", "bfloat16", "float16")  # of the products, by autocast; the weights are float32
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
-
-DEFAULT_MODELS = ("vit_base_patch16_224",)
-DEFAULT_BATCHES = (1, 8)
-DEFAULT_DTYPES = ("float32",)
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,67 @@ class Case:
         if self.direction == TRAINING or self.dtype == INT8:
             return None
         return traffic(self.config, self.batch, self.torch_dtype)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination of models, directions, sizes of images, dtypes and batches; no training in int8."""
+
+    models: tuple[str, ...]
+    batches: tuple[int, ...]
+    dtypes: tuple[str, ...] = ("float32",)
+    directions: tuple[str, ...] = (FORWARD,)
+    sizes: tuple[int | None, ...] = (None,)
+
+    def cases(self) -> list[Case]:
+        """The combinations, the last axis, batches, running fastest."""
+        axes = (self.models, self.directions, self.sizes, self.dtypes, self.batches)
+        return [Case(model, batch, dtype, way, size) for model, way, size, dtype, batch in itertools.product(*axes)]
+
+
+TI, S, B, L = (f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large"))
+H = "vit_huge_patch14_224"
+LARGE = tuple(f"vit_{size}_patch16_384" for size in ("small", "base", "large"))
+HALVES = ("bfloat16", "float16")
+
+GRIDS: dict[str, tuple[Grid, ...]] = {
+    "default": (Grid((B,), (1, 8)),),
+    "peers": (Grid((S, B), (1, 8), ("float32", "bfloat16", INT8)),),
+    "growth": (Grid((TI, S), (1, 4, 16, 64), ("float32", "bfloat16")), Grid((B,), (1,), sizes=(112, 224, 384, 512))),
+    "training": (Grid((TI, S, B), (8,), ("float32", "bfloat16"), (TRAINING,)),),
+    # The figures that the targets name come first, for a run that is cut short.
+    "gpu": (
+        Grid((B, S, L), (256,), ("bfloat16",)),
+        Grid((B, S, L), (64,), ("bfloat16",), (TRAINING,)),
+        Grid((S, B, L), (1,), ("bfloat16",)),
+        Grid((TI, H), (64,), ("bfloat16",)),
+    ),
+    "full": (
+        Grid((TI, S, B, L, H), (1, 8, 64, 256), ("float32", *HALVES)),
+        Grid(LARGE, (1, 8, 64), ("float32", *HALVES)),
+        Grid((TI, S, B, L), (64, 256), ("float32", *HALVES), (TRAINING,)),
+        Grid(LARGE, (64,), ("float32", *HALVES), (TRAINING,)),
+        Grid((S, B), (1, 8), (INT8,)),
+    ),
+}
+
+
+def grid(
+    name: str,
+    models: Sequence[str] = (),
+    batches: Sequence[int] = (),
+    dtypes: Sequence[str] = (),
+    directions: Sequence[str] = (),
+    sizes: Sequence[int] = (),
+) -> list[Case]:
+    """The cases of a grid of `GRIDS`; what is given stands in place of what the grid says of that axis.
+
+    Raises:
+        ValueError: a combination that cannot be measured, see `Case`.
+    """
+    given = {"models": models, "batches": batches, "dtypes": dtypes, "directions": directions, "sizes": sizes}
+    axes = {axis: tuple(values) for axis, values in given.items() if values}
+    return list(dict.fromkeys(case for one in GRIDS[name] for case in replace(one, **axes).cases()))
 
 
 def variant(model: str, size: tuple[int, int], direction: str) -> list[str]:

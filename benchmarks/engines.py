@@ -1,14 +1,13 @@
-"""Other projects' engines for the same model on a CPU, as peers: optional, each imported only where it is measured.
+"""Who else runs the same model: other projects' engines and compilers, and other libraries' own models.
 
-A peer that is absent, or has no such dtype, is named with the reason. All of them get the weights and images of the
-eager model they stand beside, prepared before the clock starts, and hand their logits out as torch tensors.
+Each is optional and imported only where it is measured; one that is absent, or does not serve a device or dtype, is
+named with the reason. All of them get the weights and images of the eager model they stand beside, prepared before the
+clock starts, and hand their logits out as torch tensors.
 """
 
 import contextlib
 import copy
 import functools
-import importlib.metadata
-import importlib.util
 import io
 import logging
 import tempfile
@@ -20,93 +19,97 @@ from typing import Any
 
 import torch
 
-from . import cases, measure, peers
+from . import cases, compilers, environment, libraries, measure, peers
 
 INSTALL = 'pip install "fastvit[peers]"'
-_NO_INT8 = "PyTorch quantises for it only with a package of its own"
+_IN_FLOAT32 = "its CPU kernels compute float16 in float32"
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A peer: its name in rows, the function that builds it, the modules it imports, the dtypes it has not.
+    """One row's worth of competition, or several that share what is costly to prepare.
 
-    build: (eager model, images (B, C, height, width), name of a dtype) -> provider; in int8 the model is float32.
+    names: of the providers it builds. build: (eager model, images (B, C, height, width), name of a dtype) -> providers
+    in that order; in int8 the model is float32. modules: what it imports, int8_modules: and for int8. devices: the
+    types it runs on. lacks: reasons by dtype. install: the command that brings it. refuses: another reason not to
+    measure it here. on_request: why it is left out unless it is asked for by name.
     """
 
-    name: str
-    build: Callable[[torch.nn.Module, torch.Tensor, str], measure.Provider]
+    names: tuple[str, ...]
+    build: Callable[[torch.nn.Module, torch.Tensor, str], Sequence[measure.Provider]]
     modules: tuple[str, ...] = ()
     int8_modules: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu", "cuda")
     lacks: Mapping[str, str] = field(default_factory=dict)
+    install: str = INSTALL
+    refuses: Callable[[str], str | None] = lambda device: None
+    on_request: Mapping[str, str] = field(default_factory=dict)
 
-    def why_not(self, dtype: str) -> str | None:
-        """Why it cannot be measured in a dtype, or None: one sentence, with the command that would help."""
+    def why_not(self, dtype: str, device: str = "cpu") -> str | None:
+        """Why it cannot be measured in a dtype on a type of device, or None: one sentence."""
+        if device not in self.devices:
+            return f"it runs on {' and '.join(self.devices)} alone"
         if dtype in self.lacks:
             return self.lacks[dtype]
         modules = self.modules + (self.int8_modules if dtype == cases.INT8 else ())
-        absent = [name for name in modules if importlib.util.find_spec(name) is None]
-        if absent:
-            return f"{', '.join(absent)} is not installed:  {INSTALL}"
-        return next((reason for name in modules if (reason := _why_not_imported(name)) is not None), None)
+        return peers.why_absent(modules, self.install) or self.refuses(device)
 
 
-def left_out(dtypes: Sequence[str]) -> dict[str, str]:
-    """The peers that take no part, or not in every dtype, by name and where it matters dtype, with the reason."""
+def chosen(requested: Sequence[str], device: str) -> tuple[tuple[Engine, ...], dict[str, str]]:
+    """The engines of these names, or all that need no request, and why the others are left out."""
+    if requested:
+        return tuple(engine for engine in ENGINES if set(engine.names) & set(requested)), {}
+    slow = {
+        name: engine.on_request[device] for engine in ENGINES for name in engine.names if device in engine.on_request
+    }
+    return tuple(engine for engine in ENGINES if not set(engine.names) & set(slow)), slow
+
+
+def left_out(engines: Sequence[Engine], dtypes: Sequence[str], device: str = "cpu") -> dict[str, str]:
+    """The engines that take no part, or not in every dtype, by name and where it matters dtype, with the reason."""
     found = {}
-    for engine in ENGINES:
-        reasons = {dtype: reason for dtype in dtypes if (reason := engine.why_not(dtype)) is not None}
-        if len(reasons) == len(dtypes) and len(set(reasons.values())) == 1:
-            found[engine.name] = next(iter(reasons.values()))
-        else:
-            found.update({f"{engine.name} ({dtype})": reason for dtype, reason in reasons.items()})
+    for engine in engines:
+        reasons = {dtype: reason for dtype in dtypes if (reason := engine.why_not(dtype, device)) is not None}
+        for name in engine.names:
+            if len(reasons) == len(dtypes) and len(set(reasons.values())) == 1:
+                found[name] = next(iter(reasons.values()))
+            else:
+                found.update({f"{name} ({dtype})": reason for dtype, reason in reasons.items()})
     return found
 
 
-@functools.cache
-def _why_not_imported(module: str) -> str | None:
-    reason = peers.try_import(module)
-    if reason is None:
-        return None
-    installed = importlib.metadata.version(module)
-    return f"{reason} ({module} {installed}, torch {torch.__version__})"
-
-
-def _compiled(
-    name: str, how: Mapping[str, Any], model: torch.nn.Module, batch: torch.Tensor, dtype: str
-) -> measure.Provider:
-    """torch.compile with the weights as constants, packed ahead; the setting counts only while it is global.
-
-    zentorch leaves a pass of its own in the compiler's settings, where others would inherit it.
-    """
-    import torch._inductor.config as inductor
-
-    compiled = torch.compile(model, **how)
-    restored = {"freezing": True, "joint_custom_post_pass": inductor.joint_custom_post_pass}
-    with inductor.patch(restored), torch.inference_mode():
-        compiled(batch)
-    return measure.Provider(name, functools.partial(compiled, batch))
-
-
-# The option alone does nothing, but keeps these graphs apart from those of a plain torch.compile.
-_freezing = functools.partial(_compiled, "compile-freezing", {"options": {"freezing": True}})
-_zentorch = functools.partial(_compiled, "zentorch", {"backend": "zentorch"})
-
-
-def _onnxruntime(model: torch.nn.Module, batch: torch.Tensor, dtype: str) -> measure.Provider:
+def _onnxruntime(model: torch.nn.Module, batch: torch.Tensor, dtype: str) -> list[measure.Provider]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors
+    where = "CUDAExecutionProvider" if batch.is_cuda else "CPUExecutionProvider"
     with tempfile.TemporaryDirectory() as folder, _silence():
         path = Path(folder) / "model.onnx"
         torch.onnx.export(model, (batch,), path, dynamo=True, verbose=False)
         if dtype == cases.INT8:
             path = _quantised_onnx(path)
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: batch.numpy()}
-    return measure.Provider("onnxruntime", lambda: torch.from_numpy(session.run(None, feed)[0]))
+        session = onnxruntime.InferenceSession(path, options, providers=[where])
+    if where not in session.get_providers():
+        raise RuntimeError(f"this ONNX Runtime has no {where}")
+    name, result = session.get_inputs()[0].name, session.get_outputs()[0].name
+    if not batch.is_cuda:
+        feed = {name: batch.numpy()}
+        return [measure.Provider("onnxruntime", lambda: torch.from_numpy(session.run(None, feed)[0]))]
+    logits = batch.new_empty(session.get_outputs()[0].shape)
+    binding = session.io_binding()  # images and logits stay on the GPU
+    for bind, label, tensor in ((binding.bind_input, name, batch), (binding.bind_output, result, logits)):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        bind(label, "cuda", tensor.get_device(), kind, tuple(tensor.shape), tensor.data_ptr())
+
+    def run() -> torch.Tensor:
+        torch.cuda.current_stream().synchronize()  # its stream is its own
+        session.run_with_iobinding(binding)
+        return logits
+
+    return [measure.Provider("onnxruntime", run)]
 
 
 def _quantised_onnx(path: Path) -> Path:
@@ -120,7 +123,7 @@ def _quantised_onnx(path: Path) -> Path:
     return target
 
 
-def _openvino(hint: str, model: torch.nn.Module, batch: torch.Tensor, dtype: str) -> measure.Provider:
+def _openvino(model: torch.nn.Module, batch: torch.Tensor, dtype: str) -> list[measure.Provider]:
     """One request for latency; for throughput as many side by side as OpenVINO asks for, a batch each."""
     import openvino
 
@@ -130,17 +133,16 @@ def _openvino(hint: str, model: torch.nn.Module, batch: torch.Tensor, dtype: str
         if dtype == cases.INT8:
             converted = _quantised_openvino(converted, images)
     settings = {
-        "PERFORMANCE_HINT": hint,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": "f32" if dtype == "float32" else "bf16",
     }
-    compiled = openvino.Core().compile_model(converted, "CPU", settings)
-    name = f"openvino-{hint.lower()}"
-    if hint == "LATENCY":
-        request = compiled.create_infer_request()
-        return measure.Provider(name, lambda: torch.from_numpy(request.infer(images, share_inputs=True)[0]))
-    count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
-    queue = openvino.AsyncInferQueue(compiled, count)
+    compiled = {
+        hint: openvino.Core().compile_model(converted, "CPU", {**settings, "PERFORMANCE_HINT": hint})
+        for hint in ("LATENCY", "THROUGHPUT")
+    }
+    request = compiled["LATENCY"].create_infer_request()
+    count = compiled["THROUGHPUT"].get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+    queue = openvino.AsyncInferQueue(compiled["THROUGHPUT"], count)
 
     def side_by_side() -> torch.Tensor:
         for _ in range(count):
@@ -150,7 +152,10 @@ def _openvino(hint: str, model: torch.nn.Module, batch: torch.Tensor, dtype: str
         return logits[0]
 
     note = f"{count} batches side by side, the time divided by {count}"
-    return measure.Provider(name, side_by_side, batches=count, note=note)
+    return [
+        measure.Provider("openvino-latency", lambda: torch.from_numpy(request.infer(images, share_inputs=True)[0])),
+        measure.Provider("openvino-throughput", side_by_side, batches=count, note=note),
+    ]
 
 
 def _in_float32(model: torch.nn.Module) -> torch.nn.Module:
@@ -177,23 +182,61 @@ def _silence() -> Iterator[None]:
         yield
 
 
+def _why_not_amd(device: str) -> str | None:
+    vendor = environment.cpu_vendor()
+    return None if vendor == "AuthenticAMD" else f"it is made for AMD's processors, this one is {vendor or 'unknown'}"
+
+
+_NO_INT8 = {cases.INT8: "PyTorch quantises for it only with a package of its own"}
 ENGINES = (
     Engine(
-        "onnxruntime",
+        ("onnxruntime",),
         _onnxruntime,
         ("onnx", "onnxscript", "onnxruntime"),
-        lacks={"bfloat16": "its CPU kernels have no bfloat16", "float16": "its CPU kernels compute float16 in float32"},
+        lacks={"bfloat16": "its kernels have no bfloat16 for a ViT", "float16": _IN_FLOAT32},
     ),
-    *(
-        Engine(
-            f"openvino-{hint.lower()}",
-            functools.partial(_openvino, hint),
-            ("openvino",),
-            ("nncf",),
-            {"float16": "its CPU kernels compute float16 in float32"},
-        )
-        for hint in ("LATENCY", "THROUGHPUT")
+    Engine(
+        ("openvino-latency", "openvino-throughput"),
+        _openvino,
+        ("openvino",),
+        ("nncf",),
+        devices=("cpu",),
+        lacks={"float16": _IN_FLOAT32},
     ),
-    Engine("zentorch", _zentorch, ("zentorch",), lacks={"int8": _NO_INT8, "float16": "it has no float16"}),
-    Engine("compile-freezing", _freezing, lacks={"int8": _NO_INT8}),
+    Engine(
+        ("zentorch",),
+        compilers.zentorch,
+        ("zentorch",),
+        devices=("cpu",),
+        lacks={**_NO_INT8, "float16": "it has no float16"},
+        refuses=_why_not_amd,
+    ),
+    Engine(("compile-freezing",), compilers.freezing, devices=("cpu",), lacks=_NO_INT8),
+    Engine(
+        ("compile-max-autotune",),
+        compilers.max_autotune,
+        lacks=_NO_INT8,
+        on_request={"cpu": "it tries kernels for a minute per case: --peer compile-max-autotune"},
+    ),
+    Engine(
+        ("tensorrt",),
+        compilers.tensorrt,
+        ("torch_tensorrt",),
+        devices=("cuda",),
+        lacks=_NO_INT8,
+        install="pip install torch-tensorrt",
+    ),
+    Engine(
+        ("transformers", "fastvit-transformers"),
+        functools.partial(libraries.build, "transformers"),
+        ("transformers",),
+        lacks=_NO_INT8,
+        install="pip install transformers",
+    ),
+    Engine(
+        ("torchvision", "fastvit-torchvision"),
+        functools.partial(libraries.build, "torchvision"),
+        lacks=_NO_INT8,
+        refuses=lambda device: peers.repair_torchvision(),
+    ),
 )

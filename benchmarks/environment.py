@@ -67,6 +67,21 @@ def cpu_name() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
+def cpu_vendor() -> str:
+    """Who made the processor, as it says itself: "AuthenticAMD", "GenuineIntel"; empty where it does not say."""
+    found = re.search(r"^vendor_id\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    return found[1].strip() if found else ""
+
+
+def cpu_cache_bytes() -> int:
+    """The largest cache of the processor, in bytes; 0 where Linux does not say."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        number, unit = re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip()).groups()  # type: ignore[union-attr]
+        sizes.append(int(number) * 1024 ** " KMG".index(unit or " "))
+    return max(sizes)
+
+
 def cpu_features() -> list[str]:
     """Those of the instruction sets that matter to the kernels which this processor has."""
     found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)

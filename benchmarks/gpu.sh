@@ -2,7 +2,7 @@
 # Build, test and measure on a GPU with the python that is there; downloads nothing and ends within nine minutes, with
 # --quick within three; --sanitize runs the CUDA C++ kernels under compute-sanitizer instead of measuring. Other
 # arguments go to the measurement of whole models. Leaves in $OUT (default build/gpu):
-# build.log tests.log ops.log models.log rows.csv breakdown.txt tuning.txt tuning.json, or build.log sanitize.log
+# build.log tests.log ops.log models.log rows.csv profile.txt tuning.txt tuning.json, or build.log sanitize.log
 # Fails when a step fails; a later step still runs, because its log is what explains the failure. Correctness comes
 # first, and what is left of the time goes to the tuner.
 set -uo pipefail
@@ -31,7 +31,7 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 export OUT PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
-rm -f "$OUT"/{build,tests,ops,models,sanitize}.log "$OUT"/{breakdown,tuning}.txt "$OUT"/tuning.json "$OUT"/rows.csv
+rm -f "$OUT"/{build,tests,ops,models,sanitize}.log "$OUT"/{profile,tuning}.txt "$OUT"/tuning.json "$OUT"/rows.csv
 end=$((SECONDS + seconds))
 
 failed=()
@@ -61,7 +61,8 @@ processes=$("$PYTHON" -c 'import os, xdist; print(min(8, os.cpu_count()))' 2>/de
 read -ra more <<<"${PYTEST_ARGS:-}"
 pytest=("$PYTHON" -m pytest -q -W default --durations=10 -k "not emulated" "${parallel[@]}" "${more[@]}")
 ops=("$PYTHON" -m fastvit bench-ops --device cuda --backend triton,cuda --csv "$OUT/rows.csv")
-models=("$PYTHON" -m fastvit bench --device cuda --backend triton,cuda --dtype bfloat16 --csv "$OUT/rows.csv")
+models=("$PYTHON" -m fastvit bench --device cuda --backend triton,cuda --csv "$OUT/rows.csv")
+profile=("$PYTHON" -m fastvit profile --device cuda --batch 256 --dtype bfloat16 --depth 1 --backend eager,triton,cuda)
 S=vit_small_patch16_224 B=vit_base_patch16_224 L=vit_large_patch16_224
 
 step build 120 build.log env FASTVIT_BUILD=cuda "$PYTHON" setup.py build_ext --inplace
@@ -76,18 +77,20 @@ if [ "$sanitize" ]; then
       --error-exitcode 9 "$PYTHON" tests/cuda_smoke.py
   done
 elif [ "$quick" ]; then
-  step tests 70 tests.log "${pytest[@]}" tests/test_kernels*.py tests/test_cuda_*.py
+  step tests 60 tests.log "${pytest[@]}" tests/test_kernels*.py tests/test_cuda_*.py
   step ops 40 ops.log "${ops[@]}" --model "$B" --batch 256 --tokens 197 --direction forward,backward
-  step models 25 models.log "${models[@]}" --model "$B" --batch 256 --repeats 10 "$@"
+  step models 25 models.log "${models[@]}" --model "$B" --batch 256 --dtype bfloat16 --repeats 10 "$@"
+  step profile 20 profile.txt "${profile[@]}" --model "$B"
 else
   step tests 190 tests.log "${pytest[@]}" tests/test_kernels*.py tests/test_cuda_*.py \
     tests/test_attention_options.py tests/test_{attention,layer_norm,linear,norm_mlp,patch_embed,contract,backends,model,drop_in}.py
   # Rows are written case by case: what was measured before a time-out is kept. The most important come first.
-  step ops 100 ops.log "${ops[@]}" --model "$B" --batch 256 --direction forward,backward,forward+backward
-  step models 70 models.log "${models[@]}" --model "$B,$S,$L" --batch 256,1,64 --repeats 20 "$@"
-  step breakdown 30 breakdown.txt "$PYTHON" -m fastvit.benchmarks.breakdown
+  step ops 90 ops.log "${ops[@]}" --model "$B" --batch 256 --direction forward,backward,forward+backward --peers
+  step models 70 models.log "${models[@]}" --grid gpu --seconds 3 "$@"
+  step profile 30 profile.txt "${profile[@]}" --model "$B" --direction forward,training
+  step peers 60 models.log "${models[@]}" --model "$B" --batch 256 --dtype bfloat16 --seconds 3 --compile --peers
   step compile 40 ops.log "${ops[@]}" --model "$B" --batch 256 --tokens 197 --direction forward --compile
-  step shapes 40 ops.log "${ops[@]}" --model "$S,$L" --batch 256 --tokens 197
+  step shapes 30 ops.log "${ops[@]}" --model "$S,$L" --batch 256 --tokens 197
   left=$((end - SECONDS - 15))
   step tune $((left + 10)) tuning.txt "$PYTHON" -m fastvit.benchmarks.tune \
     --op attention layer_norm linear_fc1 --budget "$left" --json "$OUT/tuning.json"

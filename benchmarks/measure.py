@@ -18,6 +18,7 @@ BURST_S, BURST_CALLS = 3e-3, (3, 40)  # device seconds of one burst, and its few
 SETS = (2, 256)  # fewest and most sets of tensors that take turns
 BUDGET_S = 20.0  # timed seconds per case when the number of rounds is left open
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+LONG_S = 0.2
 REST_S = 0.03  # longer than the threads of OpenMP, ONNX Runtime and oneTBB spin for work
 
 
@@ -70,6 +71,17 @@ def quantile(samples: Iterable[float], share: float) -> float:
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
+def ratio(base: Timing, other: Timing) -> float:
+    """How many times faster than base other is: the median of base's seconds over its own, round by round.
+
+    What slows a machine down for a while slows both of a round, and leaves their quotient alone.
+
+    Raises:
+        ValueError: they were not timed in the same rounds.
+    """
+    return quantile([one / two for one, two in zip(base.samples, other.samples, strict=True)], 0.5)
+
+
 def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
     """A function that runs a call and returns its seconds: CUDA events on a GPU, the monotonic clock elsewhere.
 
@@ -100,13 +112,20 @@ def settled(clock: Callable[[Callable[[], object]], float]) -> Callable[[Callabl
     """The same clock after a rest and an untimed call.
 
     Libraries with threads of their own leave them spinning for a while after a call, which would slow down whoever runs
-    next; the rest lets them fall asleep, and the untimed call wakes those of the library that is timed.
+    next; the rest lets them fall asleep, and the untimed call wakes those of the library that is timed. A call that
+    took longer than `LONG_S` does without: waking its threads is a small part of it.
     """
+
+    long: set[Callable[[], object]] = set()
 
     def clock_settled(call: Callable[[], object]) -> float:
         time.sleep(REST_S)
-        call()
-        return clock(call)
+        if call not in long:
+            call()
+        seconds = clock(call)
+        if seconds > LONG_S:
+            long.add(call)
+        return seconds
 
     return clock_settled
 

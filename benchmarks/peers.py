@@ -1,8 +1,11 @@
 """The models fastvit is measured against: timm's as they come, or its own reference where timm cannot be imported."""
 
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -52,6 +55,36 @@ def import_timm() -> tuple[ModuleType | None, str | None]:
         return None, f"timm needs torchvision, and {reason}"
     reason = try_import("timm")
     return (None, reason) if reason else (sys.modules["timm"], None)
+
+
+def why_absent(modules: Sequence[str], install: str) -> str | None:
+    """Why a package cannot be used, in one sentence with the command that would help, or None when all can be imported.
+
+    None of them is imported when one is missing.
+    """
+    absent = [name for name in modules if not _is_there(name)]
+    if absent:
+        return f"{', '.join(absent)} is not installed:  {install}"
+    return next((reason for name in modules if (reason := _why_not_imported(name)) is not None), None)
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is a part of
+        return False
+
+
+@functools.cache
+def _why_not_imported(module: str) -> str | None:
+    reason = try_import(module)
+    if reason is None:
+        return None
+    try:
+        version = importlib.metadata.version(module.partition(".")[0])
+    except importlib.metadata.PackageNotFoundError:
+        version = "of unknown version"
+    return f"{reason} ({module} {version}, torch {torch.__version__})"
 
 
 def try_import(name: str) -> str | None:

@@ -13,6 +13,7 @@ import torch
 
 from . import accuracy, cases, environment, images, measure, peers, training
 from .engines import Engine
+from .rows import is_ours
 
 EAGER, COMPILE, HEADLINE = "eager", "compile", "fastvit"
 INT8_BACKENDS = ("auto", "cpu")
@@ -30,8 +31,8 @@ class Options:
     """How to measure.
 
     device: where. backends: provider names, "auto" among them. compile: also time torch.compile of the eager model.
-    repeats: timed rounds, None for as many as fit. seed: of the random weights. images: files to use, in order.
-    images_label: what the rows call them. engines: other projects' engines to compare with.
+    repeats: timed rounds, None for as many as fit in budget_s. seed: of the random weights. images: files to use, in
+    order. images_label: what the rows call them. engines: others to compare with.
     """
 
     device: torch.device
@@ -42,6 +43,7 @@ class Options:
     repeats: int | None = None
     seed: int = 0
     engines: tuple[Engine, ...] = ()
+    budget_s: float = measure.BUDGET_S
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def run_case(case: cases.Case, options: Options, report: Report = lambda stage, 
             options.repeats,
             on_round=functools.partial(report, "time"),
             between=ceiling.sample,
+            budget_s=options.budget_s,
         )
         for provider in sound:
             outcome[provider.name]["peak_mib"] = measure.peak_mib(provider, options.device)
@@ -148,6 +151,17 @@ def run_case(case: cases.Case, options: Options, report: Report = lambda stage, 
     del candidates, sound, batch, exact
     gc.collect()
     return Measured(rows, left_out | broken)
+
+
+def sound_providers(case: cases.Case, options: Options) -> tuple[dict[str, measure.Provider], dict[str, str]]:
+    """For a clock of somebody else's: who has passed the check, by name, and why the others are not there."""
+    base = _baseline(case.model, options.seed, case.img_size)
+    batch, exact = _work(case, options, base)
+    candidates, failures, left_out = _candidates(case, options, base, batch)
+    outcome, broken = _check(case, candidates, failures, exact, lambda stage, done, total: None)
+    found = {one.provider.name: one.provider for one in candidates}
+    reasons = {name: f"FAILED: {judged['note']}" for name, judged in outcome.items() if judged["status"] != "ok"}
+    return {n: one for n, one in found.items() if n in outcome and n not in reasons}, left_out | broken | reasons
 
 
 @functools.lru_cache(maxsize=1)
@@ -186,12 +200,14 @@ def _candidates(
     import fastvit
 
     eager = copy.deepcopy(base.model).to(options.device, case.torch_dtype).train(case.direction == cases.TRAINING)
+    training_step = case.direction == cases.TRAINING
+    judged = functools.partial(_judged, case, options, training.optimizer(eager) if training_step else None)
     reference_scope = functools.partial(fastvit.backend, "reference")
     note = "PyTorch has no int8 for a ViT without another package: eager is float32" if case.dtype == cases.INT8 else ""
-    found = [_judged(case, options, EAGER, eager, batch, reference_scope, note)]
+    found = [judged(EAGER, eager, batch, reference_scope, note)]
     if options.compile:  # static: the gradients are checked on fewer images than the step is timed on
-        compiled = torch.compile(_twin(eager), dynamic=False if case.direction == cases.TRAINING else None)
-        found.append(_judged(case, options, COMPILE, compiled, batch, reference_scope))
+        compiled = torch.compile(_twin(eager), dynamic=False if training_step else None)
+        found.append(judged(COMPILE, compiled, batch, reference_scope))
     failures: dict[str, str] = {}
     for name in options.backends:
         if case.dtype == cases.INT8 and name not in INT8_BACKENDS:
@@ -199,23 +215,23 @@ def _candidates(
         scope = functools.partial(fastvit.backend, name)
         try:
             with scope():
-                found.append(_accelerated(case, options, name, eager, batch, scope))
+                found.append(_accelerated(judged, case, name, eager, batch, scope))
         except Exception as error:
             failures[provider_name(name)] = one_line(error)
     left_out: dict[str, str] = {}
     for engine in options.engines:
-        if engine.why_not(case.dtype) is None:
+        if engine.why_not(case.dtype, options.device.type) is None:
             try:
-                provider = engine.build(_twin(eager), batch, case.dtype)
-                found.append(Judged(provider, provider.run, peer=True))
+                built = engine.build(_twin(eager), batch, case.dtype)
+                found += [Judged(one, one.run, peer=not is_ours(one.name)) for one in built]
             except Exception as error:
-                left_out[f"{engine.name} ({case.title})"] = one_line(error)
+                left_out |= {f"{name} ({case.title})": one_line(error) for name in engine.names}
     return found, failures, left_out
 
 
 def _accelerated(
+    judged: Callable[..., Judged],
     case: cases.Case,
-    options: Options,
     backend: str,
     eager: torch.nn.Module,
     batch: torch.Tensor,
@@ -224,18 +240,19 @@ def _accelerated(
     import fastvit
 
     if case.dtype != cases.INT8:
-        return _judged(case, options, provider_name(backend), fastvit.accelerate(_twin(eager)), batch, scope)
+        return judged(provider_name(backend), fastvit.accelerate(_twin(eager)), batch, scope)
     model = fastvit.accelerate(copy.deepcopy(eager).bfloat16())
     layers = fastvit.quantize(model)
     note = f"{sum(layer.int8 for layer in layers)} of {len(layers)} linear layers in int8, the rest bfloat16"
-    return _judged(case, options, provider_name(backend), model, batch.bfloat16(), scope, note)
+    return judged(provider_name(backend), model, batch.bfloat16(), scope, note)
 
 
 def _judged(
     case: cases.Case,
     options: Options,
+    optimizer: torch.optim.Optimizer | None,
     name: str,
-    model: Callable[[torch.Tensor], torch.Tensor],
+    model: torch.nn.Module,
     batch: torch.Tensor,
     scope: Callable[[], AbstractContextManager],
     note: str = "",
@@ -245,7 +262,7 @@ def _judged(
         provider = measure.Provider(name, functools.partial(model, batch), scope, note=note)
         return Judged(provider, provider.run)
     autocast = None if case.compute == case.torch_dtype else case.compute
-    step = training.Step(model, batch, _labels(case, options), autocast)
+    step = training.Step(model, batch, _labels(case, options), autocast, optimizer)
     return Judged(measure.Provider(name, step, scope, note=note), step.gradient)
 
 
@@ -338,7 +355,7 @@ def _rows(
                 images_per_s=case.batch / timing.median,
                 gflops=case.flops / timing.median / 1e9,
                 ceiling_share=case.flops / timing.median / 1e9 / ceiling.gflops,
-                ratio=timings[EAGER].median / timing.median if EAGER in timings else None,
+                ratio=measure.ratio(timings[EAGER], timing) if EAGER in timings else None,
             )
         rows.append(row)
     if base.why_not_timm:

@@ -9,12 +9,13 @@ CHECKED_IMAGES = 2  # as many as the gradients are compared on: fp64 takes its t
 
 
 class Step:
-    """Forward, cross-entropy, backward to every parameter; calling it returns the loss, a scalar.
+    """Forward, cross-entropy, backward to every parameter, the optimizer; calling it returns the loss, a scalar.
 
     Args:
         model: in training mode, its weights in the dtype they are kept in; images (B, C, height, width) like them.
         labels: (B,), classes.
         autocast: the dtype of the products where it is below the weights', None for none.
+        optimizer: takes the last part of the step, None for a step without.
     """
 
     def __init__(
@@ -23,10 +24,11 @@ class Step:
         images: torch.Tensor,
         labels: torch.Tensor,
         autocast: torch.dtype | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         parameters: list[torch.nn.Parameter] | None = None,
     ) -> None:
         self._model, self._images, self._labels, self._autocast = model, images, labels, autocast
-        self._parameters = parameters or list(model.parameters())
+        self._optimizer, self._parameters = optimizer, parameters or list(model.parameters())
 
     def __call__(self) -> torch.Tensor:
         for parameter in self._parameters:
@@ -34,13 +36,20 @@ class Step:
         with torch.autocast(self._images.device.type, self._autocast, enabled=self._autocast is not None):
             loss = functional.cross_entropy(self._model(self._images), self._labels)
         loss.backward()
+        if self._optimizer is not None:
+            self._optimizer.step()
         return loss.detach()
 
     def gradient(self) -> torch.Tensor:
         """The gradients of the first `CHECKED_IMAGES` images as one vector, zeros for a parameter that has none."""
         first = slice(CHECKED_IMAGES)
-        Step(self._model, self._images[first], self._labels[first], self._autocast, self._parameters)()
+        Step(self._model, self._images[first], self._labels[first], self._autocast, None, self._parameters)()
         return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self._parameters])
+
+
+def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """PyTorch's fused AdamW, at a rate of 0: all of its work, and weights that stay what every provider started from."""
+    return torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
 
 def labels(batch: int, classes: int, seed: int, device: torch.device) -> torch.Tensor:
