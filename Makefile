@@ -11,7 +11,7 @@ ARGS   ?=
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help build lint test test-full mutants sanitize memcheck static compatibility bench bench-ops bench-peers tune plot readme gpu clean
+.PHONY: help build lint test test-full mutants sanitize memcheck static compatibility bench bench-ops bench-peers tune plot readme gpu gpu-quick clean
 
 py      := $(VENV)/bin/python
 pip     := $(py) -m pip install -q --disable-pip-version-check
@@ -72,25 +72,26 @@ compatibility: $(VENV)/.peers ## what keeps working on other people's models: be
 	$(py) tests/compatibility.py --csv benchmarks/results/compatibility.csv $(ARGS)
 	$(py) -m fastvit.benchmarks.readme
 
-bench: $(VENV)/.built ## ViT-B/16 on two photographs: table, CSV, chart in RESULTS=build/bench (ARGS="--batch 16")
-	$(py) -m fastvit bench --csv $(RESULTS)/rows.csv --plot $(RESULTS)/rows.png $(ARGS)
-	@echo "rows in $(RESULTS)/rows.csv, chart in $(RESULTS)/rows.png"
+bench: $(VENV)/.built ## ViT-B/16 on two photographs: table, rows, pictures, report in RESULTS=build/bench (ARGS="--batch 16")
+	$(py) -m fastvit bench --results $(RESULTS) $(ARGS)
 
-bench-ops: $(VENV)/.built ## every op against eager, SDPA's backends and torch.compile: rows in RESULTS (ARGS="--op attention")
-	$(py) -m fastvit bench-ops --csv $(RESULTS)/rows.csv $(ARGS)
+bench-ops: $(VENV)/.built ## every op against eager, SDPA's backends, torch.compile and what else is installed (ARGS="--op attention")
+	$(py) -m fastvit bench-ops --compile --peers --results $(RESULTS) $(ARGS)
 
-bench-peers: $(VENV)/.peers ## ViT-S/16 and ViT-B/16 against ONNX Runtime, OpenVINO, zentorch, torch.compile with freezing on a CPU
-	$(py) -m fastvit bench --peers --device cpu --threads 2 --backend auto --csv $(RESULTS)/rows.csv \
-	  --model vit_small_patch16_224,vit_base_patch16_224 --batch 1,8 --dtype float32,bfloat16,int8 $(ARGS)
+bench-peers: $(VENV)/.peers ## ViT-S/16 and B/16 against ONNX Runtime, OpenVINO, zentorch, torch.compile, transformers, torchvision
+	$(py) -m fastvit bench --grid peers --peers --backend auto --seconds 8 --results $(RESULTS) $(ARGS)
 
 plot: $(VENV)/.installed ## draw the rows in RESULTS=build/bench again
-	$(py) -m fastvit.benchmarks.plot $(RESULTS)/rows.csv -o $(RESULTS)/rows.png
+	$(py) -m fastvit.benchmarks.plot $(RESULTS)
 
 readme: $(VENV)/.installed ## write the README's tables from benchmarks/results/
 	$(py) -m fastvit.benchmarks.readme
 
 gpu: ## check and measure on the GPU with the system's python as it is; results in OUT=build/gpu
 	mkdir -p "$(OUT)" && PYTHON="$(PYTHON)" OUT="$(abspath $(OUT))" bash benchmarks/gpu.sh $(ARGS)
+
+gpu-quick: ## the same in under three minutes
+	@$(MAKE) --no-print-directory gpu ARGS="--quick $(ARGS)"
 
 tune: ## search faster block sizes on the GPU with the system's python; prints a table to commit (ARGS="--op attention")
 	mkdir -p "$(OUT)" && OUT="$(abspath $(OUT))" $(PYTHON) -m fastvit.benchmarks.tune $(ARGS)

@@ -5,7 +5,6 @@ import ctypes
 import math
 import re
 import time
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -13,12 +12,14 @@ from pathlib import Path
 
 import torch
 
+from . import environment
+
 WARMUP_ROUNDS = 2
-BURST_S, BURST_CALLS = 3e-3, (3, 40)  # device seconds of one burst, and its fewest and most calls
 SETS = (2, 256)  # fewest and most sets of tensors that take turns
 BUDGET_S = 20.0  # timed seconds per case when the number of rounds is left open
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 LONG_S = 0.2
+COPY_MIB = (256, 1024)
 REST_S = 0.03  # longer than the threads of OpenMP, ONNX Runtime and oneTBB spin for work
 
 
@@ -128,52 +129,6 @@ def settled(clock: Callable[[Callable[[], object]], float]) -> Callable[[Callabl
         return seconds
 
     return clock_settled
-
-
-class Burst:
-    """A clock for calls shorter than their launch: device seconds of one call, from many queued one behind the other.
-
-    A kernel that spins holds the queue back until all of them are in it, so that the device never waits for Python.
-    What a lone call costs a user, launch included, is `stopwatch`'s to say.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # Weak, because a call may hold a graph and all that was kept for its backward.
-        self._plans: weakref.WeakKeyDictionary[Callable[[], object], tuple[int, int]] = weakref.WeakKeyDictionary()
-        probe = 10_000_000
-        self._cycles_per_s = probe / self._timed(lambda: torch.cuda._sleep(probe), 1, 0)
-
-    def __call__(self, call: Callable[[], object]) -> float:
-        if call not in self._plans:
-            self._plans[call] = self._plan(call)
-        return self._timed(call, *self._plans[call])
-
-    def _plan(self, call: Callable[[], object]) -> tuple[int, int]:
-        """How many calls make a burst, and how many cycles to spin while they are queued."""
-        few, most = BURST_CALLS
-        call()
-        torch.cuda.synchronize(self._device)
-        start = time.perf_counter()
-        for _ in range(few):
-            call()
-        queued = (time.perf_counter() - start) / few
-        torch.cuda.synchronize(self._device)
-        done = (time.perf_counter() - start) / few
-        count = max(few, min(int(BURST_S / done), most))
-        return count, int(1.5 * queued * count * self._cycles_per_s)
-
-    def _timed(self, call: Callable[[], object], count: int, cycles: int) -> float:
-        torch.cuda.synchronize(self._device)
-        if cycles:
-            torch.cuda._sleep(cycles)
-        self._start.record()
-        for _ in range(count):
-            call()
-        self._end.record()
-        torch.cuda.synchronize(self._device)
-        return self._start.elapsed_time(self._end) / 1e3 / count
 
 
 def cold_sets(device: torch.device, set_bytes: int) -> int:
@@ -319,7 +274,7 @@ class Ceiling:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        side, copy_mib = (8192, 2048) if device.type == "cuda" else (1536, 256)
+        side, copy_mib = (8192, 2048) if device.type == "cuda" else (1536, _copy_mib())
         self._clock = stopwatch(device)
         left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         if device.type == "cpu" and not self._has_fast_product(left[:256, :256]):
@@ -362,6 +317,12 @@ class Ceiling:
     def gbs(self) -> float:
         """GB/s of the copy, read and write counted, median."""
         return 2 * self._source.numel() / self._copies.median / 1e9
+
+
+def _copy_mib() -> int:
+    """Twice the processor's largest cache, within reason: less would be copied inside it."""
+    fewest, most = COPY_MIB
+    return max(fewest, min(2 * environment.cpu_cache_bytes() // 2**20, most))
 
 
 def register_peak(device: torch.device, dtype: torch.dtype) -> Callable[[], float] | None:

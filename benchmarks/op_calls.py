@@ -23,24 +23,30 @@ FP64_CHUNK = 16  # images at a time in fp64
 class Call:
     """public: the function of fastvit.ops; it takes the tensors by the names in shapes, and the options beside them.
 
-    eager takes the tensors by the same names.
+    eager takes the tensors by the same names. arrange: what the public function takes in place of these, if it has
+    other arguments. steps: where no kernel computes the op whole, the calls that do it one by one, of those tensors.
     """
 
     public: str
     shapes: dict[str, tuple[int, ...]]
     eager: Callable[..., Tensor]
     options: dict[str, Any] = field(default_factory=dict)
+    arrange: Callable[[Tensors], dict[str, Any]] = dict
+    steps: Callable[[Tensors], list[tuple[str, dict[str, Any]]]] = lambda tensors: []
 
     def fused(self, **tensors: Tensor) -> Tensor:
         import fastvit
 
-        return getattr(fastvit.ops, self.public)(**tensors, **self.options)
+        return getattr(fastvit.ops, self.public)(**self.arrange(tensors), **self.options)
 
     def why_not(self, tensors: Tensors, backend: str) -> str | None:
         """Why a backend other than "auto" cannot run it, in one sentence, or None."""
         import fastvit
 
-        return fastvit.ops.why_not(self.public, backend=backend, **tensors, **self.options)
+        reason = fastvit.ops.why_not(self.public, backend=backend, **self.arrange(tensors), **self.options)
+        steps = self.steps(tensors) if reason is not None else []
+        reasons = [fastvit.ops.why_not(public, backend=backend, **arguments) for public, arguments in steps]
+        return next(filter(None, reasons), None) if steps else reason
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -50,7 +56,13 @@ class Call:
 
 def call(case: OpCase) -> Call:
     """The functions of a case."""
-    makers = {"attention": _attention, "layer_norm": _layer_norm, "norm_mlp": _norm_mlp, "patch_embed": _patch_embed}
+    makers = {
+        "attention": _attention,
+        "layer_norm": _layer_norm,
+        "norm_mlp": _norm_mlp,
+        "patch_embed": _patch_embed,
+        "block": _block,
+    }
     return makers.get(case.op, _linear)(case)
 
 
@@ -112,11 +124,16 @@ def exact(case: OpCase, given: Tensors, dy: Tensor | None) -> tuple[Tensor, ...]
     )
 
 
+def attend(case: OpCase, qkv: Tensor) -> Tensor:
+    """PyTorch's attention of packed qkv (B, N, 3·D), as timm calls it: (B, N, D)."""
+    images, tokens, _ = qkv.shape
+    q, k, v = qkv.reshape(images, tokens, 3, case.heads, case.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(images, tokens, case.width)
+
+
 def _attention(case: OpCase) -> Call:
     def eager(qkv: Tensor) -> Tensor:
-        images, tokens, _ = qkv.shape
-        q, k, v = qkv.reshape(images, tokens, 3, case.heads, case.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(images, tokens, case.width)
+        return attend(case, qkv)
 
     shapes = {"qkv": (case.batch, case.tokens, 3 * case.width)}
     return Call("attention_packed", shapes, eager, {"num_heads": case.heads})
@@ -187,3 +204,52 @@ def _patch_embed(case: OpCase) -> Call:
         "prefix": (1, case.prefix, case.width),
     }
     return Call("patch_embed", shapes, eager)
+
+
+def _block(case: OpCase) -> Call:
+    images, N, D, hidden_width = case.batch, case.tokens, case.width, case.hidden
+    shapes = {
+        "x": (images, N, D),
+        "norm1_weight": (D,),
+        "norm1_bias": (D,),
+        "qkv_weight": (3 * D, D),
+        "qkv_bias": (3 * D,),
+        "proj_weight": (D, D),
+        "proj_bias": (D,),
+        "norm2_weight": (D,),
+        "norm2_bias": (D,),
+        "fc1_weight": (hidden_width, D),
+        "fc1_bias": (hidden_width,),
+        "fc2_weight": (D, hidden_width),
+        "fc2_bias": (D,),
+    }
+
+    def eager(x: Tensor, **p: Tensor) -> Tensor:
+        qkv = F.linear(F.layer_norm(x, (D,), p["norm1_weight"], p["norm1_bias"], EPS), p["qkv_weight"], p["qkv_bias"])
+        x = x + F.linear(attend(case, qkv), p["proj_weight"], p["proj_bias"])
+        normed = F.layer_norm(x, (D,), p["norm2_weight"], p["norm2_bias"], EPS)
+        return x + F.linear(F.gelu(F.linear(normed, p["fc1_weight"], p["fc1_bias"])), p["fc2_weight"], p["fc2_bias"])
+
+    def arrange(given: Tensors) -> dict[str, Any]:
+        import fastvit
+
+        parameters = {name: tensor for name, tensor in given.items() if name != "x"}
+        block = fastvit.ops.EncoderBlock(
+            **parameters, layer_scale1=None, layer_scale2=None, norm1_eps=EPS, norm2_eps=EPS
+        )
+        return {"x": given["x"], "blocks": [block]}
+
+    def steps(given: Tensors) -> list[tuple[str, dict[str, Any]]]:
+        x, p = given["x"], given
+        qkv = {"qkv": x.new_empty(x.shape[0], N, 3 * D), "num_heads": case.heads}
+        mlp_names = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+        norm2 = {"norm_weight": p["norm2_weight"], "norm_bias": p["norm2_bias"], "eps": EPS, "activation": "gelu"}
+        return [
+            ("layer_norm", {"x": x, "weight": p["norm1_weight"], "bias": p["norm1_bias"], "eps": EPS}),
+            ("linear", {"x": x, "weight": p["qkv_weight"], "bias": p["qkv_bias"]}),
+            ("attention_packed", qkv),
+            ("linear", {"x": x, "weight": p["proj_weight"], "bias": p["proj_bias"], "residual": x}),
+            ("norm_mlp", {"x": x, **{name: p[name] for name in mlp_names}, **norm2}),
+        ]
+
+    return Call("encoder", shapes, eager, {"num_heads": case.heads}, arrange, steps)

@@ -1,9 +1,10 @@
-"""Run one op-level case: eager PyTorch, compiled PyTorch, SDPA's backends and fastvit's, checked, timed, as rows."""
+"""Run one op-level case: eager PyTorch, SDPA's backends, fastvit's and peers, checked, timed, as rows."""
 
 import contextlib
 import functools
 import gc
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -11,39 +12,44 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import accuracy, environment, measure, op_calls, rows as rows_module, suite
+from . import accuracy, clocks, environment, measure, op_calls, rows as rows_module, suite
 from .op_cases import OpCase
+from .op_peers import Peer
 
-EAGER, COMPILE = suite.EAGER, suite.COMPILE
+EAGER = suite.EAGER
 SDPA = {
     "sdpa-flash": "FLASH_ATTENTION",
     "sdpa-cudnn": "CUDNN_ATTENTION",
     "sdpa-efficient": "EFFICIENT_ATTENTION",
     "sdpa-math": "MATH",
 }
-BUDGET_S = 2.0  # timed seconds per case on a CPU
+BUDGET_S, ROUNDS = 1.0, (15, 100)  # of a case on a CPU: seconds, and fewest and most rounds whatever they take
 GPU_ROUNDS = 25
 CALL_ROUNDS = 7
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure: as `suite.Options`, without images."""
+    """How to measure: as `suite.Options`, without images. peers: who else takes part, torch.compile too."""
 
     device: torch.device
     backends: tuple[str, ...]
-    compile: bool = False
+    peers: tuple[Peer, ...] = ()
     repeats: int | None = None
     seed: int = 0
 
 
 @dataclass
 class Candidate:
-    """A function of the tensors, the scope it runs in, and what its check said."""
+    """A function of the tensors, the scope it runs in, whether it is a peer's, and what its check said.
+
+    A peer that is wrong keeps its speed, with a note; a peer that breaks is left out.
+    """
 
     name: str
     function: Callable[..., torch.Tensor]
     scope: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    peer: bool = False
     judged: dict = field(default_factory=dict)
 
 
@@ -67,20 +73,32 @@ def candidates(device: torch.device, requested: Sequence[str]) -> tuple[tuple[st
 def run_case(case: OpCase, options: Options, report: suite.Report = lambda stage, done, total: None) -> Measured:
     """Measure one case. A row that is not "ok" carries no speed."""
     report("build", 0, 1)
-    if options.compile:
+    if options.peers:
         torch.compiler.reset()
     with warnings.catch_warnings(), ieee_convolutions():
         warnings.simplefilter("ignore")  # SDPA warns for each backend that refuses; the reason is kept
         given = op_calls.tensors(case, options.device, options.seed)
         chosen, left_out = _candidates(case, options, given)
-        _check(case, chosen, left_out, given, report)
+        chosen = _check(case, chosen, left_out, given, report)
         sound = [one for one in chosen if one.judged["status"] == "ok"]
-        timings, ceiling = _time(case, options, sound, given, report)
+        timings, ceiling = _time(case, options, sound, given, left_out, report)
     stamp = environment.stamp(options.device)
-    rows = [{**_row(case, one, timings, ceiling), **stamp} for one in chosen]
+    rows = [{**_row(case, one, timings, ceiling), **stamp} for one in chosen if one.name not in left_out]
     del given, chosen, sound
     gc.collect()
     return Measured(rows, left_out)
+
+
+def sound_providers(case: OpCase, options: Options) -> tuple[dict[str, measure.Provider], dict[str, str]]:
+    """For a clock of somebody else's: who has passed the check, by name, and why the others are not there."""
+    with warnings.catch_warnings(), ieee_convolutions():
+        warnings.simplefilter("ignore")
+        given = op_calls.tensors(case, options.device, options.seed)
+        chosen, left_out = _candidates(case, options, given)
+        chosen = _check(case, chosen, left_out, given, lambda stage, done, total: None)
+        sound = [one for one in chosen if one.judged["status"] == "ok"]
+        found = _providers(case, sound, cold_copies(case, options.device, given), left_out)
+    return found, left_out | {one.name: f"FAILED: {one.judged['note']}" for one in chosen if one.name not in found}
 
 
 @contextlib.contextmanager
@@ -99,8 +117,6 @@ def _candidates(case: OpCase, options: Options, given: op_calls.Tensors) -> tupl
 
     call, left_out = op_calls.call(case), {}
     found = [Candidate(EAGER, call.eager)]
-    if options.compile:
-        found.append(Candidate(COMPILE, torch.compile(call.eager, dynamic=False), _kept_buffers))
     if case.op == "attention":
         for name, member in SDPA.items():
             reason = _why_not_sdpa(member, call.eager, given)
@@ -115,14 +131,13 @@ def _candidates(case: OpCase, options: Options, given: op_calls.Tensors) -> tupl
             found.append(Candidate(name, call.fused, functools.partial(fastvit.backend, backend)))
         else:
             left_out[name] = reason
+    for peer in options.peers:
+        if peer.takes(case) and peer.why_not(options.device) is None:
+            try:
+                found.append(Candidate(peer.name, peer.build(case), peer.scope, peer=True))
+            except Exception as error:
+                left_out[peer.name] = suite.one_line(error)
     return found, left_out
-
-
-def _kept_buffers() -> AbstractContextManager:
-    """Compiled backwards free what a second run over the same graph needs, unless told otherwise while compiling."""
-    import torch._functorch.config as config
-
-    return config.patch(donated_buffer=False) if hasattr(config, "donated_buffer") else contextlib.nullcontext()
 
 
 def _sdpa(member: str) -> AbstractContextManager:
@@ -150,8 +165,8 @@ def _check(
     left_out: dict[str, str],
     given: op_calls.Tensors,
     report: suite.Report,
-) -> None:
-    """Hold every candidate to the tolerance rule; eager's own error is the yardstick."""
+) -> list[Candidate]:
+    """Hold every candidate to the tolerance rule, whose yardstick is eager's own error; returns those that ran."""
     wanted = () if case.direction == "forward" else op_calls.call(case).wanted
     with torch.no_grad():
         dy = op_calls.upstream(chosen[0].function(**given)) if wanted else None
@@ -166,10 +181,16 @@ def _check(
         except Exception as error:  # one provider that breaks must not hide the others
             if one.name == EAGER:
                 raise
-            one.judged = {"status": "FAILED", "note": suite.one_line(error)}
+            if one.peer:
+                left_out[one.name] = suite.one_line(error)
+            else:
+                one.judged = {"status": "FAILED", "note": suite.one_line(error)}
             continue
         eager = eager or got
         one.judged = judge(names, got, exact, eager)
+        if one.peer:
+            one.judged["status"] = "ok"
+    return [one for one in chosen if one.name not in left_out]
 
 
 def results(
@@ -225,21 +246,28 @@ def cold_copies(case: OpCase, device: torch.device, given: op_calls.Tensors) -> 
 
 
 def _time(
-    case: OpCase, options: Options, sound: Sequence[Candidate], given: op_calls.Tensors, report: suite.Report
+    case: OpCase,
+    options: Options,
+    sound: Sequence[Candidate],
+    given: op_calls.Tensors,
+    left_out: dict[str, str],
+    report: suite.Report,
 ) -> tuple[dict[str, measure.Timing], measure.Ceiling]:
     """Seconds of every sound candidate, eager among them; adds to `judged` a lone call's time and memory."""
     device = options.device
     gpu = device.type == "cuda"
-    providers = _providers(case, sound, cold_copies(case, device, given))
+    providers = _providers(case, sound, cold_copies(case, device, given), left_out)
     ceiling = _ceiling(device, case.torch_dtype)
     ceiling.forget()
+    clock = clocks.Burst(device) if gpu else clocks.Several(measure.stopwatch(device))
+    fitting = _warm_up(list(providers.values()), clock)
     timings = measure.interleave(
         list(providers.values()),
-        measure.Burst(device) if gpu else measure.stopwatch(device),
-        options.repeats or (GPU_ROUNDS if gpu else None),
+        clock,
+        options.repeats or (GPU_ROUNDS if gpu else fitting),
+        warmup=0,
         on_round=functools.partial(report, "time"),
-        between=measure.sparsely(ceiling.sample),
-        budget_s=BUDGET_S,
+        between=measure.sparsely(ceiling.sample, least=3),
     )
     lone = measure.interleave(list(providers.values()), measure.stopwatch(device), CALL_ROUNDS) if gpu else {}
     for one in sound:
@@ -250,8 +278,17 @@ def _time(
     return timings, ceiling
 
 
+def _warm_up(providers: Sequence[measure.Provider], clock: Callable[[Callable[[], object]], float]) -> int:
+    """Two rounds, and how many like the second fit in the budget; a clock's answers leave out how often it calls."""
+    measure.interleave(providers, clock, repeats=0, warmup=1)
+    start = time.perf_counter()
+    measure.interleave(providers, clock, repeats=0, warmup=1)
+    fewest, most = ROUNDS
+    return max(fewest, min(int(BUDGET_S / (time.perf_counter() - start)), most))
+
+
 def _providers(
-    case: OpCase, sound: Sequence[Candidate], sets: Sequence[op_calls.Tensors]
+    case: OpCase, sound: Sequence[Candidate], sets: Sequence[op_calls.Tensors], left_out: dict[str, str]
 ) -> dict[str, measure.Provider]:
     """What can be timed, by name; who runs out of memory with all sets, as SDPA's math may, has that as its note."""
     with torch.no_grad():
@@ -262,8 +299,13 @@ def _providers(
             with one.scope():
                 turn = prepare(case, one.function, sets, dy)
                 turn()
-        except torch.OutOfMemoryError as error:
-            one.judged = {"status": "FAILED", "note": suite.one_line(error)}
+        except Exception as error:
+            if one.peer:
+                left_out[one.name] = suite.one_line(error)
+            elif isinstance(error, torch.OutOfMemoryError):
+                one.judged = {"status": "FAILED", "note": suite.one_line(error)}
+            else:
+                raise
             continue
         found[one.name] = measure.Provider(one.name, turn, one.scope)
     return found
@@ -308,6 +350,6 @@ def _row(
             gflops=work.flops / timing.median / 1e9 if work.flops else None,
             gbs=moved / timing.median / 1e9,
             ceiling_share=least / timing.median,
-            ratio=timings[EAGER].median / timing.median if EAGER in timings else None,
+            ratio=measure.ratio(timings[EAGER], timing) if EAGER in timings else None,
         )
     return row

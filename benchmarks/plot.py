@@ -1,146 +1,131 @@
-"""A PNG chart from benchmark rows: `python -m fastvit.benchmarks.plot ROWS.csv -o FILE.png`."""
+"""PNG pictures and a report from benchmark rows: `python -m fastvit.benchmarks.plot FOLDER_OR_CSV [-o FOLDER]`.
+
+For each device STEM-summary.png, -models, -ops, -roofline, -growth and -memory, those for which there are rows, and
+report.html for all devices. Each file carries a digest of the rows it was made from.
+"""
+
+from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import re
+import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fastvit.figures import check_target, save
 
-from . import rows as rows_module
-from .table import batch_of, variant_of
+from . import charts, report, rows as rows_module
+from .pictures import PICTURES, text
+from .standings import devices, order
 
 Row = Mapping[str, object]
 
-# Okabe and Ito's palette, told apart by readers with any colour vision; eager is grey because it is the yardstick
-_COLOURS = {"eager": "#8c8c8c", "compile": "#E69F00", "fastvit": "#0072B2", "fastvit-reference": "#CC79A7"}
-_OTHERS = {"fastvit-cpu": "#56B4E9", "fastvit-triton": "#009E73", "fastvit-cuda": "#D55E00"}
-_NAMES = {"eager": "eager", "compile": "torch.compile", "fastvit": "fastvit"}
-_BAR_INCHES, _TITLE_INCHES = 0.34, 0.62
+DPI = 128
+KEYWORD = "Rows"  # of the text chunk in a PNG that holds the digest
 
 
 class PlotError(ValueError):
     """There is nothing to draw."""
 
 
-def draw(rows: Sequence[Row], path: str | Path) -> Path:
-    """Draw images per second of every provider, one panel per model case, and write the file in one step.
+def draw_all(rows: Sequence[Row], folder: str | Path) -> list[Path]:
+    """Draw every picture that the rows allow and write the report, each file in one step.
 
-    Each bar says its speed and its ratio to eager; whiskers span the 20th to the 80th percentile. A provider whose
-    logits were wrong has no bar, only the word FAILED.
+    Returns:
+        The files: the pictures device by device, the report last.
 
     Raises:
-        PlotError: no rows. FigureError: matplotlib is missing, or an unknown suffix.
+        PlotError: no rows. FigureError: matplotlib is missing, or the folder cannot be written.
     """
-    path = check_target(path)
-    panels = _panels(rows_module.of_level(rows, rows_module.MODEL))
-    if not panels:
+    folder = Path(folder)
+    check_target(folder / "picture.png")
+    if not rows:
         raise PlotError("no rows to draw")
-    return save(_figure(panels), path)
+    written = []
+    with charts.style():
+        for device, group in devices(rows).items():
+            for name, picture in PICTURES.items():
+                if panels := picture.drawn(group):
+                    marked = {KEYWORD: digest(picture.source(group))}
+                    written.append(save(picture.page(group, panels), folder / file_name(device, name), DPI, marked))
+    return [*written, report.write(rows, folder, digest(report_source(rows)))]
 
 
-def _panels(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
-    """Rows by (device, model, dtype, batch, and what else sets them apart), in the order they come, eager first."""
-    panels: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        name = (str(row["device"]), str(row["case"]), str(row["dtype"]), f"batch {batch_of(row)}", *variant_of(row))
-        panels.setdefault(name, []).append(row)
-    return {name: sorted(group, key=lambda row: row["provider"] != "eager") for name, group in panels.items()}
+def report_source(rows: Iterable[Row]) -> list[dict[str, str]]:
+    """All that the report is made from: every known column of every row."""
+    cells = ({column: text(row.get(column)) for column in rows_module.COLUMNS} for row in rows)
+    return sorted(cells, key=order)
 
 
-def _figure(panels: Mapping[tuple[str, ...], Sequence[Row]]):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    heights = [_BAR_INCHES * len(group) + _TITLE_INCHES for group in panels.values()]
-    header, footer = 0.6, 0.45
-    figure = Figure(figsize=(7.6, sum(heights) + header + footer))
-    FigureCanvasAgg(figure)
-    total = figure.get_figheight()
-    top = total - header
-    devices = list(dict.fromkeys(name[0] for name in panels))
-    figure.text(0.02, 1 - 0.28 / total, "Images per second", size=13, weight="bold", va="center")
-    figure.text(
-        0.02,
-        1 - 0.54 / total,
-        devices[0] if len(devices) == 1 else "several devices",
-        size=9,
-        color="#444444",
-        va="center",
-    )
-    for (name, group), height in zip(panels.items(), heights, strict=True):
-        inner = _BAR_INCHES * len(group)
-        axes = figure.add_axes((0.19, (top - height + 0.16) / total, 0.78, inner / total))
-        heading = " · ".join(name[1:] if len(devices) == 1 else (*name[1:], name[0]))
-        _bars(axes, group, heading)
-        top -= height
-    figure.text(0.02, 0.18 / total, _caption(panels), size=7, color="#666666", va="center")
-    return figure
+def stale(rows: Sequence[Row], folder: str | Path) -> list[str]:
+    """What in a folder is not what its rows say, a sentence each: pictures and the report, missing, old or orphaned."""
+    folder = Path(folder)
+    wanted = {}
+    for device, group in devices(rows).items():
+        for name, picture in PICTURES.items():
+            if picture.drawn(group):
+                wanted[file_name(device, name)] = digest(picture.source(group))
+    if rows:
+        wanted[report.NAME] = digest(report_source(rows))
+    wrong = []
+    for name, expected in wanted.items():
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif drawn_from(path) != expected:
+            wrong.append(f"{name} was drawn from other rows")
+    ours = [path.name for name in PICTURES for path in sorted(folder.glob(f"*-{name}.png"))]
+    return wrong + [f"{name} has no rows" for name in ours if name not in wanted]
 
 
-def _bars(axes, group: Sequence[Row], heading: str) -> None:
-    longest = max(max(_value(row, "images_per_s"), _whisker(row)[1]) for row in group) or 1.0
-    for place, row in enumerate(group):
-        speed, provider = _value(row, "images_per_s"), str(row["provider"])
-        if row["status"] != "ok" or speed == 0.0:
-            axes.text(longest * 0.01, place, f"{row['status']}: no speed shown", va="center", size=8.5, color="#B00020")
-            continue
-        slow, fast = _whisker(row)
-        axes.barh(place, speed, height=0.72, color={**_COLOURS, **_OTHERS}.get(provider, "#F0E442"))
-        axes.plot((slow, fast), (place, place), color="#222222", linewidth=1.2, solid_capstyle="butt")
-        label = f"{_short(speed)}" + (f"   {_value(row, 'ratio'):.2f}×" if provider != "eager" else "")
-        weight = "bold" if provider == "fastvit" else "normal"
-        axes.text(max(speed, fast) + longest * 0.012, place, label, va="center", size=9, weight=weight)
-    yardstick = _value(group[0], "images_per_s") if group[0]["provider"] == "eager" else 0.0
-    axes.axvline(yardstick, color="#8c8c8c", linewidth=0.8, linestyle=(0, (3, 3)), zorder=0)
-    axes.set_yticks(
-        range(len(group)), [_NAMES.get(str(row["provider"]), str(row["provider"])) for row in group], size=9
-    )
-    axes.set_ylim(len(group) - 0.5, -0.5)
-    axes.set_xlim(0, longest * 1.22)
-    axes.set_title(heading, loc="left", size=9.5, pad=4, weight="bold")
-    axes.set_xticks([])
-    axes.tick_params(axis="y", length=0)
-    for side in ("top", "right", "bottom"):
-        axes.spines[side].set_visible(False)
-    axes.spines["left"].set_color("#999999")
+def drawn_from(path: str | Path) -> str | None:
+    """The digest that a picture or a report carries, None if it has none."""
+    data = Path(path).read_bytes()
+    if Path(path).suffix == ".html":
+        found = re.search(rf'<meta name="{report.DIGEST}" content="(\w*)">', data.decode("utf-8", "replace"))
+        return found[1] if found else None
+    return _text_chunks(data).get(KEYWORD)
 
 
-def _whisker(row: Row) -> tuple[float, float]:
-    """Images per second at the 80th and at the 20th percentile of time."""
-    times = [_value(row, column) for column in ("p80_ms", "p20_ms")]
-    images = _value(row, "images_per_s") * _value(row, "median_ms")
-    return (images / times[0], images / times[1]) if all(times) else (0.0, 0.0)
+def _text_chunks(data: bytes) -> dict[str, str]:
+    """The tEXt chunks of a PNG; none of what is no PNG. Source: PNG specification, 5.3 and 11.3.4.3."""
+    found, place = {}, 8
+    while data[:8] == b"\x89PNG\r\n\x1a\n" and place + 8 <= len(data):
+        length, kind = struct.unpack(">I4s", data[place : place + 8])
+        if kind == b"tEXt":
+            keyword, _, said = data[place + 8 : place + 8 + length].partition(b"\0")
+            found[keyword.decode("latin-1")] = said.decode("latin-1")
+        place += length + 12
+    return found
 
 
-def _caption(panels: Mapping[tuple[str, ...], Sequence[Row]]) -> str:
-    row = [row for group in panels.values() for row in group][-1]
-    return (
-        f"medians of interleaved rounds, whiskers 20-80 %; × = ratio to eager ({row['eager']}), "
-        "shown only where the fp64 check is passed\n"
-        f"torch {row['torch']} · fastvit {row['fastvit']} {row['commit']} · {str(row['date'])[:10]}"
-    )
+def file_name(device: str, name: str) -> str:
+    """What a device's picture is called."""
+    return f"{rows_module.stem(device)}-{name}.png"
 
 
-def _value(row: Row, column: str) -> float:
-    value = row.get(column)
-    return 0.0 if value in (None, "") else float(value)  # type: ignore[arg-type]
-
-
-def _short(speed: float) -> str:
-    return f"{speed:.2f}" if speed < 10 else f"{speed:.1f}" if speed < 100 else f"{speed:,.0f}"
+def digest(rows: Iterable[Row]) -> str:
+    """SHA-256 over rows and columns, in hexadecimal; the order of the columns has no say."""
+    text = json.dumps([dict(row) for row in rows], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read rows, draw them; 0 on success."""
+    """Read rows, draw them, print the files; 0 on success."""
     parser = argparse.ArgumentParser(prog="python -m fastvit.benchmarks.plot", description=__doc__)
-    parser.add_argument("rows", help="CSV file written by `fastvit bench --csv`")
-    parser.add_argument("-o", "--output", default="bench.png", help="PNG, SVG or PDF file (default: %(default)s)")
+    parser.add_argument("rows", type=Path, help="a folder of results, or one CSV file of rows")
+    parser.add_argument("-o", "--output", type=Path, help="folder to write to (default: where the rows lie)")
     given = parser.parse_args(arguments)
+    is_folder = given.rows.is_dir()
     try:
-        if not Path(given.rows).is_file():
-            raise PlotError(f"{given.rows}: no such file")
-        print(draw(rows_module.read(given.rows), given.output))
+        if not given.rows.exists():
+            raise PlotError(f"{given.rows}: no such file or folder")
+        rows = rows_module.read_folder(given.rows) if is_folder else rows_module.read(given.rows)
+        for path in draw_all(rows, given.output or (given.rows if is_folder else given.rows.parent)):
+            print(path)
     except (ValueError, OSError) as error:
         print(f"plot: {error}", file=sys.stderr)
         return 1

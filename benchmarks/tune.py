@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from . import environment, measure, op_calls, op_cases, op_suite, suite
+from . import clocks, environment, measure, op_calls, op_cases, op_suite, suite
 from .choices import BACKEND, Key, Workers, answering, legal_neighbours
 
 FASTER = 0.98  # a neighbour must take less than this share of the best one's time
@@ -248,15 +248,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tune: {BACKEND} cannot be measured here: {reason}", file=sys.stderr)
         return 1
     try:
-        cases = op_cases.grid(False, given.op, given.model, given.batch, given.dtype, given.direction, given.tokens)
+        ops = op_cases.expand(given.op) or op_cases.OPS
+        cases = op_cases.product(
+            op_cases.Grid(ops, given.model, given.batch, given.dtype, given.direction, given.tokens)
+        )
     except (KeyError, ValueError) as error:
         print(f"tune: {error}", file=sys.stderr)
         return 1
     stamp = environment.stamp(device)
     print(f"# {stamp['device']}, torch {stamp['torch']}, triton {stamp['triton']}, {stamp['date'][:10]}")
-    report = search(
-        cases, device, measure.Burst(device), given.budget, given.jobs, lambda text: print(text, flush=True)
-    )
+    report = search(cases, device, clocks.Burst(device), given.budget, given.jobs, lambda text: print(text, flush=True))
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(as_json(report, device), encoding="utf-8")
     return int(any(reason != OUT_OF_TIME for reason in report.skipped.values()))

@@ -72,6 +72,41 @@ def norm_mlp_backward(M: int, D: int, F: int) -> Work:
     return Work(8 * M * D * F, 3 * M * D + M * F + 4 * D * F + F + 5 * D, 2 * M)
 
 
+def block(B: int, H: int, N: int, E: int, F: int, keep: bool = False) -> Work:
+    """The products of its ops; x, the result, every parameter once, and nothing between them.
+
+    Kept: qkv, the heads' output, the sum after attention and fc1's result, the log-sum-exp of each query, each row's
+    statistics of both norms. What a norm gives is computed again.
+    """
+    M, D = B * N, H * E
+    parts = (linear(M, D, 3 * D), attention(B, H, N, N, E), linear(M, D, D), norm_mlp(M, D, F))
+    parameters = 4 * D * D + 2 * D * F + F + 9 * D
+    return Work(
+        sum(part.flops for part in parts), 2 * M * D + parameters + _kept(M, D, F) * keep, _statistics(B, H, N) * keep
+    )
+
+
+def block_backward(B: int, H: int, N: int, E: int, F: int) -> Work:
+    """The products of its ops' backwards; dy, x and what was kept in, dx out; parameters in, gradients out."""
+    M, D = B * N, H * E
+    parts = (
+        linear_backward(M, D, 3 * D),
+        attention_backward(B, H, N, N, E),
+        linear_backward(M, D, D),
+        norm_mlp_backward(M, D, F),
+    )
+    parameters = 8 * D * D + 4 * D * F + F + 13 * D
+    return Work(sum(part.flops for part in parts), 3 * M * D + parameters + _kept(M, D, F), _statistics(B, H, N))
+
+
+def _kept(M: int, D: int, F: int) -> int:
+    return M * (5 * D + F)
+
+
+def _statistics(B: int, H: int, N: int) -> int:
+    return B * N * (H + 4)
+
+
 def patch_embed(B: int, patches: int, values: int, D: int, prefix: int) -> Work:
     """One product over the values of each patch; image, weight, bias, positions and prefix in, tokens out."""
     positions = patches + prefix

@@ -119,7 +119,8 @@ class ViTConfig:
         return int(self.embed_dim * self.mlp_ratio)
 
 
-# name -> (D, depth, H, F / D): paper table 1 (Base, Large, Huge), DeiT (tiny, small), arXiv 2106.04560 (giant)
+# name -> (D, depth, H, F / D): paper table 1 (Base, Large, Huge), DeiT (tiny, small), arXiv 2106.04560 (giant is g,
+# gigantic G)
 _SIZES: dict[str, tuple[int, int, int, float]] = {
     "tiny": (192, 12, 3, 4.0),
     "small": (384, 12, 6, 4.0),
@@ -127,6 +128,7 @@ _SIZES: dict[str, tuple[int, int, int, float]] = {
     "large": (1024, 24, 16, 4.0),
     "huge": (1280, 32, 16, 4.0),
     "giant": (1408, 40, 16, 48 / 11),
+    "gigantic": (1664, 48, 16, 64 / 13),
 }
 _RESOLUTIONS: dict[int, tuple[int, ...]] = {8: (224, 384), 14: (224, 518), 16: (224, 384), 32: (224, 384)}
 

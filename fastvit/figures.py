@@ -3,7 +3,7 @@
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,17 @@ def check_target(path: str | Path) -> Path:
     return path
 
 
-def save(figure: Any, path: str | Path, dpi: int = 160) -> Path:
-    """Write a matplotlib figure in one step: the file is whole or what it was before."""
+def save(figure: Any, path: str | Path, dpi: int = 160, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write a matplotlib figure in one step: the file is whole or what it was before.
+
+    ``metadata``: what the file says about itself, in a PNG as text chunks.
+    """
     path = check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
-        figure.savefig(temporary, dpi=dpi)
+        figure.savefig(temporary, dpi=dpi, metadata=dict(metadata or {}))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

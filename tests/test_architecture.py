@@ -286,43 +286,6 @@ def test_environment_variables_are_in_the_readme() -> None:
     assert readme == used
 
 
-def test_the_readmes_tables_are_what_the_rows_say() -> None:
-    from fastvit.benchmarks import readme
-
-    text = (ROOT / "README.md").read_text()
-    assert readme.written(text) == text, "run `make readme`"
-
-
-def test_the_readmes_table_hides_single_backends_but_no_failure() -> None:
-    from fastvit.benchmarks import readme
-
-    row = {
-        "device": "a chip",
-        "case": "vit",
-        "shape": "8x3x224x224",
-        "dtype": "float32",
-        "provider": "eager",
-        "status": "ok",
-    }
-    more = {"images_per_s": "12.5", "median_ms": "640", "ratio": "1.0", "torch": "2.13.0", "fastvit": "0.1.0"}
-    rest = {"commit": "abc", "eager": "timm", "images": "two photographs"}
-    wrong = {**row, **rest, **more, "images_per_s": "", "ratio": "", "provider": "fastvit", "status": "FAILED"}
-    marked = "above\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nbelow\n"
-    text = readme.render(marked, [{**row, **more, **rest}, wrong])
-    assert "old" not in text
-    assert text.startswith("above")
-    assert text.endswith("below\n")
-    assert "fastvit-cpu" not in readme.render(marked, [{**row, **more, **rest, "provider": "fastvit-cpu"}])
-    assert "fastvit-cpu" in readme.render(marked, [{**wrong, "provider": "fastvit-cpu"}])
-    eager, fastvit_row = (line for line in text.splitlines() if line.startswith("| vit"))
-    assert "12.5" in eager
-    assert "1.00x" in eager
-    assert "FAILED" in fastvit_row
-    assert readme.render(text, [{**row, **more, **rest}, wrong]) == text
-    with pytest.raises(ValueError, match="found 0"):
-        readme.render("no markers", [])
-
-
 def test_one_version() -> None:
     declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert declared

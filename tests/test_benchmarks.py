@@ -1,6 +1,5 @@
-"""The benchmark suite: closed formulas against oracles, rows, timing, the parity rule, photographs, charts."""
+"""The benchmark suite: closed formulas against oracles, rows, timing, the parity rule, photographs."""
 
-import csv
 import itertools
 import subprocess
 import sys
@@ -9,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import fastvit
-from fastvit.benchmarks import accuracy, cases, measure, peers, plot, rows, suite, table
+from fastvit.benchmarks import accuracy, cases, measure, peers, rows, suite, table
 
 # arXiv 2010.11929's models with 1000 classes, attention products included
 GMACS = {
@@ -250,28 +248,3 @@ def test_a_failed_row_shows_no_speed(tmp_path: Path) -> None:
     assert "fastvit: max error 1" in table.footnotes([row(), failed], {"triton": "no GPU"})
     rows.write(tmp_path / "rows.csv", [row(), failed])
     assert table.plain(rows.read(tmp_path / "rows.csv")) == table.plain([row(), failed])
-
-
-def test_charts_are_drawn_from_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    failed = row("fastvit", 8, status="FAILED", ratio=None, images_per_s=None, median_ms=None, p20_ms=None, p80_ms=None)
-    rows.write(tmp_path / "rows.csv", [row("fastvit", ratio=1.2), row(), row(batch=8), failed])
-    target = tmp_path / "new" / "chart.png"
-    assert plot.main([str(tmp_path / "rows.csv"), "-o", str(target)]) == 0
-    assert capsys.readouterr().out == f"{target}\n"
-    with Image.open(target) as chart:
-        assert chart.format == "PNG"
-        assert len(np.unique(np.asarray(chart.convert("RGB")).reshape(-1, 3), axis=0)) > 10
-    assert list(target.parent.iterdir()) == [target]
-
-
-def test_charts_that_cannot_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with (tmp_path / "empty.csv").open("w", newline="") as file:
-        csv.writer(file).writerow(rows.COLUMNS)
-    for arguments, reason in (
-        ([tmp_path / "none.csv"], "no such file"),
-        ([tmp_path / "empty.csv", "-o", tmp_path / "a.png"], "no rows"),
-        ([tmp_path / "empty.csv", "-o", tmp_path / "a.txt"], ".png, .svg, .pdf"),
-    ):
-        assert plot.main([str(argument) for argument in arguments]) == 1
-        assert reason in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["empty.csv"]

@@ -14,7 +14,7 @@ from PIL import Image
 
 import fastvit
 from fastvit import backends, cli
-from fastvit.benchmarks import peers, rows, suite
+from fastvit.benchmarks import environment, peers, rows, suite
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("bench", "--model", "vit_tiny_patch16_224", "--batch", "1", "--repeats", "1", "--device", "cpu")
@@ -57,10 +57,10 @@ def test_info_says_what_runs_and_why_the_rest_does_not(run) -> None:
     assert max(map(len, out.splitlines())) > 20
 
 
-def test_bench_leaves_a_table_rows_and_a_chart(run, tmp_path: Path) -> None:
-    target, chart = tmp_path / "rows.csv", tmp_path / "chart.png"
-    code, out, err = run(*TINY, "--backend", "auto,reference", "--csv", target, "--plot", chart)
+def test_bench_leaves_a_table_rows_pictures_and_a_report(run, tmp_path: Path) -> None:
+    code, out, err = run(*TINY, "--backend", "auto,reference", "--results", tmp_path)
     assert code == 0, err
+    target = rows.path_of(tmp_path, environment.device_name(torch.device("cpu")))
     lines = [line.split() for line in out.splitlines()]
     assert [line[3] for line in lines] == ["provider", "eager", "fastvit", "fastvit-reference"]
     assert {len(line) for line in lines} == {14}
@@ -78,8 +78,9 @@ def test_bench_leaves_a_table_rows_and_a_chart(run, tmp_path: Path) -> None:
         )
     assert got[0]["ratio"] == "1"
     assert got[0]["eager"].startswith("timm ")
-    with Image.open(chart) as image:
+    with Image.open(target.with_name(f"{target.stem}-models.png")) as image:
         assert image.format == "PNG"
+    assert "vit_tiny_patch16_224" in (tmp_path / "report.html").read_text()
 
 
 def test_bench_speaks_json_and_takes_a_directory(run, tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_what_is_not_measured_is_named_with_the_reason() -> None:
         (("--images", "{tmp}/none"), 1, ("none", "no such directory")),
         (("--images", "{tmp}"), 1, ("no images",)),
         (("--csv", "{tmp}/foreign.csv"), 1, ("foreign.csv", "header lacks")),
-        (("--plot", "{tmp}/chart.txt"), 1, ("chart.txt", ".png")),
+        (("--csv", "{tmp}/rows.csv", "--results", "{tmp}"), 1, ("--csv", "--results")),
         (("--repeats", "-1"), 2, ("--repeats",)),
         (("--speed", "9"), 2, ("--speed",)),
     ],
@@ -188,7 +189,7 @@ def test_the_module_runs_and_an_unknown_command_is_refused() -> None:
 def test_help_names_the_commands_and_loads_none_of_what_they_need() -> None:
     code = "import sys; from fastvit.cli import app; app(['--help'], standalone_mode=False); print(*sys.modules)"
     *lines, modules = python("-c", code).stdout.splitlines()
-    for command in ("info", "classify", "attention", "convert", "bench", "bench-ops"):
+    for command in ("info", "classify", "attention", "convert", "bench", "bench-ops", "profile"):
         assert any(line.split()[:1] == [command] for line in lines), command
     heavy = {"PIL", "matplotlib", "timm", "transformers", "torchvision", "fastvit.images", "fastvit.figures"}
     assert not heavy & set(modules.split())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastvit.benchmarks import measure
+from fastvit.benchmarks import clocks, measure
 
 
 def test_a_gpu_gets_as_many_sets_as_its_cache_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,12 +54,12 @@ def test_a_burst_times_the_device_and_not_the_queueing(monkeypatch: pytest.Monke
         calls.append(gpu.now)
         gpu.now += 5e-6
 
-    clock = measure.Burst(torch.device("cuda"))
+    clock = clocks.Burst(torch.device("cuda"))
     assert clock(call) == pytest.approx(5e-6)
     planned = len(calls)
     assert clock(call) == pytest.approx(5e-6)
     burst = len(calls) - planned
-    assert measure.BURST_CALLS[0] <= burst <= measure.BURST_CALLS[1]
+    assert clocks.BURST_CALLS[0] <= burst <= clocks.BURST_CALLS[1]
     assert gpu.slept[-1] > 0, "nothing held the queue back"
 
 
@@ -79,3 +79,24 @@ def test_a_costly_ceiling_is_sampled_sparsely(monkeypatch: pytest.MonkeyPatch) -
         maybe()
         now[0] += 0.1
     assert len(taken) == pytest.approx(0.25 * now[0], abs=2)
+
+
+def test_a_short_call_is_the_median_of_several() -> None:
+    def sampled(*seconds: float) -> tuple[float, int]:
+        """The calls take these seconds, and the last ones whatever the last of them took."""
+        made = list[float]()
+
+        def stopwatch(call) -> float:
+            call()
+            return seconds[min(len(made), len(seconds)) - 1]
+
+        told = clocks.Several(stopwatch)(lambda: made.append(0.0))
+        return told, len(made)
+
+    least = clocks.SAMPLE_CALLS
+    assert sampled(1.0, 0.5) == (1.0, 1), "one call of a long one"
+    told, calls = sampled(1e-3, 1e-4)
+    assert told == 1e-4, "the first found its caches cold"
+    assert calls == pytest.approx((clocks.SAMPLE_S - 1e-3) / 1e-4 + 1, abs=1)
+    assert sampled(1e-4, 1.0, 1e-4) == (1e-4, least), "an interruption is no reason to stop at few"
+    assert sampled(1.0, 1e-4) == (1.0, 1)

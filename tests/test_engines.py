@@ -6,20 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from test_benchmarks import row
 from test_cli import TINY, run  # noqa: F401  (a fixture)
 from torch.nn import functional
 
 import fastvit
-from fastvit.benchmarks import accuracy, cases, engines, measure, plot, suite, table, training
+from fastvit.benchmarks import accuracy, cases, compilers, engines, libraries, measure, peers, suite, table, training
 
 VIT = "vit_tiny_patch16_224"
 
 
 def test_absent_peers_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    found = engines.left_out(["float32", "bfloat16", "int8"])
+    found = engines.left_out(engines.ENGINES, ["float32", "bfloat16", "int8"])
     for name in ("openvino-latency", "openvino-throughput"):
         assert "openvino is not installed" in found[f"{name} (float32)"]
         assert "openvino, nncf" in found[f"{name} (int8)"]
@@ -29,12 +28,13 @@ def test_absent_peers_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> No
     assert "int8" not in found
     assert "compile-freezing (float32)" not in found
     assert "compile-freezing (int8)" in found
-    assert set(engines.left_out(["float32"])) == {
-        "onnxruntime",
-        "openvino-latency",
-        "openvino-throughput",
-        "zentorch",
-    }
+    peers_alone = {"onnxruntime", "openvino-latency", "openvino-throughput", "zentorch"}
+    libraries = {"transformers", "fastvit-transformers"}
+    assert set(engines.left_out(engines.ENGINES, ["float32"])) == {*peers_alone, *libraries, "tensorrt"}
+    assert "runs on cuda alone" in found["tensorrt"]
+    on_gpu = engines.left_out(engines.ENGINES, ["float32"], "cuda")
+    assert "pip install torch-tensorrt" in on_gpu["tensorrt"]
+    assert "runs on cpu alone" in on_gpu["openvino-latency"]
 
 
 def test_a_peer_that_cannot_be_imported_is_named_with_the_versions(
@@ -44,7 +44,7 @@ def test_a_peer_that_cannot_be_imported_is_named_with_the_versions(
     (tmp_path / "brokenpeer-1.5.dist-info").mkdir()
     (tmp_path / "brokenpeer-1.5.dist-info" / "METADATA").write_text("Name: brokenpeer\nVersion: 1.5\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    reason = engines.Engine("broken", pytest.fail, ("brokenpeer",)).why_not("float32")
+    reason = engines.Engine(("broken",), pytest.fail, ("brokenpeer",)).why_not("float32")
     assert "OSError: undefined symbol" in str(reason)
     assert f"brokenpeer 1.5, torch {torch.__version__}" in str(reason)
 
@@ -52,24 +52,24 @@ def test_a_peer_that_cannot_be_imported_is_named_with_the_versions(
 def fake(name: str, change: float = 0.0, **options: object) -> engines.Engine:
     """A peer that is eager, its logits off by a bit."""
 
-    def build(model: torch.nn.Module, batch: torch.Tensor, dtype: str) -> measure.Provider:
-        return measure.Provider(name, lambda: model(batch) + change, **options)  # type: ignore[arg-type]
+    def build(model: torch.nn.Module, batch: torch.Tensor, dtype: str) -> list[measure.Provider]:
+        return [measure.Provider(name, lambda: model(batch) + change, **options)]  # type: ignore[arg-type]
 
-    return engines.Engine(name, build)
+    return engines.Engine((name,), build)
 
 
-def broken(model: torch.nn.Module, batch: torch.Tensor, dtype: str) -> measure.Provider:
+def broken(model: torch.nn.Module, batch: torch.Tensor, dtype: str) -> list[measure.Provider]:
     raise RuntimeError("no such graph\nat all")
 
 
-def breaks_later(model: torch.nn.Module, batch: torch.Tensor, dtype: str) -> measure.Provider:
-    return measure.Provider("late", lambda: broken(model, batch, dtype).run())
+def breaks_later(model: torch.nn.Module, batch: torch.Tensor, dtype: str) -> list[measure.Provider]:
+    return [measure.Provider("late", lambda: broken(model, batch, dtype)[0].run())]
 
 
 def test_peers_are_judged_but_fail_nothing(run, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     others = (fake("right"), fake("wrong", 1e-2), fake("pair", batches=2, note="two at once"))
-    others += (engines.Engine("early", broken), engines.Engine("late", breaks_later))
-    absent = engines.Engine("absent", broken, ("no_such_module",))
+    others += (engines.Engine(("early",), broken), engines.Engine(("late",), breaks_later))
+    absent = engines.Engine(("absent",), broken, ("no_such_module",))
     monkeypatch.setattr(engines, "ENGINES", (*others, absent))
     code, out, err = run(*TINY, "--backend", "auto", "--peers", "--json")
     assert code == 0, err
@@ -108,6 +108,23 @@ def test_the_settled_clock_rests_and_warms_up(monkeypatch: pytest.MonkeyPatch) -
     assert done == [measure.REST_S, "call", "clock", "call"]
 
 
+def test_a_long_call_is_warmed_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure.time, "sleep", lambda seconds: None)
+    calls: list[str] = []
+
+    def call() -> None:
+        calls.append("call")
+
+    def clock(one) -> float:
+        one()
+        return 2 * measure.LONG_S
+
+    settled = measure.settled(clock)
+    for _ in range(3):
+        settled(call)
+    assert len(calls) == 4
+
+
 def test_the_global_setting_freezes_the_weights() -> None:
     model = torch.nn.Linear(64, 64, bias=False).eval()
     batch = torch.randn(3, 64)
@@ -115,13 +132,43 @@ def test_the_global_setting_freezes_the_weights() -> None:
     with torch.inference_mode():
         plain = torch.compile(model)
         plain(batch)
-    provider = engines._freezing(model, batch, "float32")
+    (provider,) = compilers.freezing(model, batch, "float32")
     with torch.inference_mode():
         before = provider.run()
         model.weight.data.zero_()
         assert torch.equal(plain(batch), torch.zeros(3, 64))
         assert torch.equal(provider.run(), before), "the weights were read again: they are no constants"
     torch.compiler.reset()
+
+
+def test_engines_that_take_a_minute_are_asked_for_by_name() -> None:
+    ready, slow = engines.chosen((), "cpu")
+    assert set(slow) == {"compile-max-autotune"} and "--peer" in slow["compile-max-autotune"]
+    assert "compile-max-autotune" in [name for engine in engines.chosen((), "cuda")[0] for name in engine.names]
+    assert {name for engine in ready for name in engine.names}.isdisjoint(slow)
+    asked, left = engines.chosen(["compile-max-autotune", "openvino-latency"], "cpu")
+    assert [engine.names[0] for engine in asked] == ["openvino-latency", "compile-max-autotune"]
+    assert left == {}
+
+
+@pytest.mark.parametrize("library", ["transformers", "torchvision"])
+def test_other_libraries_models_have_the_same_weights(library: str) -> None:
+    model = peers.baseline(VIT, seed=3).model
+    images = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        logits = model.double()(images.double())
+        plain, fused = libraries.build(library, model.float(), images, "float32")
+        assert (plain.name, fused.name) == (library, f"fastvit-{library}")
+        for provider in (plain, fused):
+            with provider.scope():
+                torch.testing.assert_close(provider.run().double(), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_library_s_accelerated_model_is_ours_and_must_be_right(run, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.setattr(engines, "ENGINES", (fake("fastvit-other", 1e-2),))
+    code, out, _ = run(*TINY, "--backend", "reference", "--peers", "--json")
+    wrong = json.loads(out)["rows"][-1]
+    assert (code, wrong["provider"], wrong["status"], wrong.get("ratio")) == (1, "fastvit-other", "FAILED", None)
 
 
 def test_int8_stands_beside_eager_in_float32(run) -> None:  # noqa: F811
@@ -165,6 +212,8 @@ def test_the_size_of_the_images_grows_the_work(run) -> None:  # noqa: F811
         (("--img-size", "0"), ("img-size", "'0'")),
         (("--direction", "sideways"), ("direction", "forward, training")),
         (("--direction", "training", "--dtype", "int8"), ("training", "float32, bfloat16", "int8")),
+        (("--peer", "onnx"), ("peer", "onnx", "onnxruntime")),
+        (("--grid", "huge"), ("grid", "huge", "default, peers")),
         (("--direction", "training", "--peers"), ("--peers", "forward")),
         (("--dtype", "int8", "--backend", "reference"), ("int8", "reference")),
     ],
@@ -201,9 +250,11 @@ def test_a_wrong_gradient_gets_no_speed(run, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_step_leaves_the_gradients_of_its_own_batch() -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5)).train()
     images, classes = torch.randn(3, 3, 2, 2), training.labels(3, 5, 0, torch.device("cpu"))
-    step = training.Step(model, images, classes)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    step = training.Step(model, images, classes, optimizer=training.optimizer(model))
     first, again = step(), step()
     assert torch.equal(first, again)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     expected = torch.autograd.grad(functional.cross_entropy(model(images), classes), list(model.parameters()))
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
@@ -213,14 +264,11 @@ def test_a_step_leaves_the_gradients_of_its_own_batch() -> None:
     torch.testing.assert_close(exact.float(), step.gradient())
 
 
-def test_titles_say_what_is_unusual(tmp_path: Path) -> None:
+def test_titles_say_what_is_unusual() -> None:
     usual = row(case=VIT, shape="1x3x224x224")
     rows = [usual, {**usual, "shape": "1x3x384x384"}, {**usual, "direction": "training"}]
     titles = [title for title, _ in table.cases_of(rows)]
     assert titles == [f"{VIT}  batch 1  float32{more}" for more in ("", "  384 px", "  training")]
-    assert len(plot._panels(rows)) == 3
-    with Image.open(plot.draw(rows, tmp_path / "chart.png")) as chart:
-        assert chart.format == "PNG"
 
 
 def test_only_what_computes_in_int8_is_asked_to() -> None:

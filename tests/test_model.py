@@ -331,12 +331,13 @@ def test_every_preset_exists_in_timm_or_is_of_the_family():
             want = timm.create_model(name, device="meta", num_classes=10).state_dict()
             got = fastvit.create_model(name, device="meta", num_classes=10).state_dict()
             assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in want.items()}
-    for size in ("tiny", "small", "base", "large", "huge", "giant"):
+    for size in ("tiny", "small", "base", "large", "huge", "giant", "gigantic"):
         for patch, side in ((8, 224), (14, 224), (14, 518), (16, 224), (16, 384), (32, 384)):
             assert f"vit_{size}_patch{patch}_{side}" in names
-    giant = fastvit.create_model("vit_giant_patch14_224", device="meta")
-    theirs = timm.create_model("vit_giant_patch14_224", device="meta", num_classes=1000)
-    assert sum(p.numel() for p in giant.parameters()) == sum(p.numel() for p in theirs.parameters())
+    for name in ("vit_giant_patch14_224", "vit_gigantic_patch14_224"):
+        ours = fastvit.create_model(name, device="meta")
+        theirs = timm.create_model(name, device="meta", num_classes=1000)
+        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
 
 
 def test_copies_and_pickles():

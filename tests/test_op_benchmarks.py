@@ -1,107 +1,28 @@
-"""The op-level benchmark: formulas against what torch counts, its rule against the tests' own, rows."""
+"""The op-level benchmark: its rule against the tests' own, turns, rounds, rows, the command."""
 
-import dataclasses
 import json
 import math
 
 import pytest
 import tolerances
 import torch
+from tiny_ops import CPU, tiny
 
 import fastvit
 from fastvit import cli
 from fastvit.benchmarks import (
     accuracy,
-    cases,
-    launches,
+    measure,
     op_calls,
     op_cases,
     op_suite,
     plot,
-    readme,
     rows,
     suite,
     table,
 )
 
-CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def tiny(op: str, direction: str = "forward", **changes: object) -> op_cases.OpCase:
-    options: dict = {"batch": 3, "tokens": 5, "width": 48, "heads": 3, "hidden": 96, "side": 16, "patch": 8}
-    if op == "patch_embed":
-        options["tokens"] = (options["side"] // options["patch"]) ** 2 + 1
-    return op_cases.OpCase(op, direction=direction, **{**options, **changes})
-
-
-@pytest.mark.parametrize("direction", op_cases.DIRECTIONS)
-@pytest.mark.parametrize("op", op_cases.OPS)
-def test_flops_are_what_torch_counts(op: str, direction: str) -> None:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    case = tiny(op, direction)
-    call = op_calls.call(case)
-    given = op_calls.leaves(op_calls.tensors(case, CPU), call.wanted)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
-        y = call.eager(**given)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
-        torch.autograd.grad(y, [given[name] for name in call.wanted], op_calls.upstream(y))
-    counted = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
-    # math attention keeps the scores, a fused one computes that product again
-    scores = 2 * case.batch * case.tokens**2 * case.width if op == "attention" else 0
-    counted["backward"] += scores
-    assert case.work.flops == counted.get(direction, sum(counted.values()))
-
-
-@pytest.mark.parametrize("op", op_cases.OPS)
-def test_traffic_is_every_tensor_once(op: str) -> None:
-    case = tiny(op)
-    call = op_calls.call(case)
-    given = op_calls.leaves(op_calls.tensors(case, CPU), call.wanted)
-    y = call.eager(**given)
-    assert case.work.bytes(4) == 4 * (sum(t.numel() for t in given.values()) + y.numel())
-    least = y.numel() + sum(given[name].numel() for name in call.wanted)  # dy in, gradients out
-    back = dataclasses.replace(case, direction="backward").work.bytes(4) // 4
-    assert least <= back <= 4 * (least + y.numel())
-    both = dataclasses.replace(case, direction="forward+backward").work
-    kept = both.bytes(4) - case.work.bytes(4) - 4 * back
-    assert kept >= 0
-    assert (kept > 0) == (op in ("attention", "layer_norm", "linear_fc1", "norm_mlp"))
-
-
-def test_the_ops_of_a_block_add_up_to_the_model() -> None:
-    model = "vit_base_patch16_224"
-    config = fastvit.PRESETS[model]
-    flops = {op: op_cases.at_model(op, model, 2, "float32", "forward").work.flops for op in op_cases.OPS}
-    block = sum(flops[op] for op in ("attention", "layer_norm", "linear_qkv", "linear_proj", "norm_mlp"))
-    assert flops["linear_fc1"] + flops["linear_fc2"] == flops["norm_mlp"]
-    head = 2 * 2 * config.embed_dim * config.num_classes
-    assert flops["patch_embed"] + config.depth * block + head == cases.flops(config, 2)
-
-
-def test_launch_cases_with_work_have_all_of_it() -> None:
-    for launch in launches.launches():
-        assert (launch.flops is None) == (launch.bytes is None), f"{launch.op} {launch.label}"
-        if launch.bytes is not None:
-            assert 0 < launch.bytes(2) < launch.bytes(4) <= 2 * launch.bytes(2), f"{launch.op} {launch.label}"
-
-
-def test_the_grid_is_a_product_with_attentions_extra_tokens() -> None:
-    every = op_cases.grid(gpu=True)
-    assert len(set(every)) == len(every)
-    assert {case.op for case in every} == set(op_cases.OPS)
-    extra = {case.tokens for case in every if case.op == "attention"} - {197}
-    assert extra == set(op_cases.GPU_TOKENS)
-    assert {case.tokens for case in every if case.op != "attention"} == {197}
-    assert {case.batch for case in every if case.op == "attention" and case.tokens == 577} == {64}
-    some = op_cases.grid(False, ["linear", "patch_embed"], ["vit_base_patch16_384"], [2], ["float16"], ["forward"], [9])
-    assert [case.op for case in some] == [*op_cases.GROUPS["linear"], "patch_embed"]
-    assert {case.shape for case in some} == {
-        "2x9x768x2304", "2x9x768x768", "2x9x768x3072", "2x9x3072x768", "2x3x384x384x16x768",
-    }  # fmt: skip
-    assert all(case.batch == table.batch_of({"shape": case.shape}) for case in every)
 
 
 def perturbed(exact: torch.Tensor, eager: torch.Tensor, kind: str) -> torch.Tensor:
@@ -197,9 +118,9 @@ def test_sets_take_turns_in_every_direction(op: str, direction: str) -> None:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """`fastvit bench-ops` in this process, on tiny shapes: (exit code, stdout, stderr)."""
 
-    def shrunk(gpu: bool, ops=(), models=(), batches=(), dtypes=(), directions=(), tokens=()) -> list:
+    def shrunk(gpu: bool, ops=(), models=(), batches=(), dtypes=(), directions=(), tokens=()) -> tuple[list, dict]:
         made = [(op, d) for d in directions or ("forward",) for op in op_cases.expand(ops)]
-        return [tiny(op, d, dtype=(dtypes or ["float32"])[0]) for op, d in made]
+        return [tiny(op, d, dtype=(dtypes or ["float32"])[0]) for op, d in made], {"patch_embed at 7": "it is odd"}
 
     monkeypatch.setattr(op_cases, "grid", shrunk)
 
@@ -217,7 +138,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
 def test_ops_leave_a_table_and_rows(run, tmp_path) -> None:
     target = tmp_path / "rows.csv"
-    some = "attention,layer_norm,linear_fc1,patch_embed"
+    some = "attention,layer_norm,linear_fc1,patch_embed,block"
     code, out, err = run(
         "--op", some, "--direction", "forward,forward+backward", "--backend", "reference", "--csv", target
     )
@@ -239,25 +160,30 @@ def test_ops_leave_a_table_and_rows(run, tmp_path) -> None:
     assert {row["provider"] for row in got if row["case"] != "attention"} == {"eager", "fastvit-reference"}
     assert {"sdpa-flash", "sdpa-math"} <= {row["provider"] for row in got if row["case"] == "attention"}
     assert "sdpa-cudnn (attention float32) not measured: " in err
+    assert "patch_embed at 7 not measured: it is odd" in err
+
+
+def test_rows_go_to_the_devices_file_and_are_drawn(run, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plot, "draw_all", lambda found, folder: drawn.append((found, folder)) or [])
+    arguments = ("--op", "layer_norm", "--backend", "reference", "--results", tmp_path)
+    assert run(*arguments)[0] == 0
+    (target,) = tmp_path.glob("*.csv")
+    got = rows.read(target)
+    assert target == rows.path_of(tmp_path, got[0]["device"])
+    assert drawn == [(got, tmp_path)]
+    assert run(*arguments, "--csv", tmp_path / "rows.csv")[0] == 1
 
 
 def test_rows_of_ops_leave_the_models_alone(run, tmp_path) -> None:
     target = tmp_path / "rows.csv"
     assert run("--op", "layer_norm", "--backend", "reference", "--csv", target)[0] == 0
-    assert readme.committed_rows(tmp_path) == []
-    with pytest.raises(plot.PlotError, match="no rows"):
-        plot.draw(rows.read(target), tmp_path / "chart.png")
+    assert rows.of_level(rows.read(target), rows.MODEL) == []
+    assert not {path.stem.rsplit("-", 1)[-1] for path in plot.draw_all(rows.read(target), tmp_path)} & {
+        "models",
+        "memory",
+    }
     assert next(iter(table.rich_tables(rows.read(target)))).columns[1].header == "ms"
-
-
-def test_the_readme_shows_eager_fastvit_and_the_best_of_the_others() -> None:
-    speeds = {"eager": 5, "slow": 6, "best": 9, "broken": 30, "fastvit": 8, "fastvit-cpu": 10}
-    common = {"case": "vit", "shape": "1x3x8x8", "dtype": "float32", "direction": "forward", "device": "cpu"}
-    stamp = dict.fromkeys(("eager", "torch", "fastvit", "commit"), "1")
-    shown = [{**common, **stamp, "provider": name, "status": "ok", "images_per_s": v} for name, v in speeds.items()]
-    shown[3] |= {"status": "FAILED", "images_per_s": ""}
-    table_rows = [line.split(" | ")[1] for line in readme.section(shown).splitlines() if line.startswith("| vit")]
-    assert table_rows == ["eager", "best", "broken", "fastvit"]
 
 
 def test_rows_are_shown_again_from_their_file(run, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,6 +220,45 @@ def test_a_wrong_result_gets_no_speed(run, tmp_path, monkeypatch: pytest.MonkeyP
     assert ("gradient of x" if direction == "forward+backward" else "output") in err
     eager, wrong = rows.read(target)
     assert (eager["status"], wrong["status"], wrong["ratio"], wrong["median_ms"]) == ("ok", "FAILED", "", "")
+
+
+def test_a_ratio_is_the_median_of_rounds(run, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = {"eager": [1.0, 40.0, 2.0, 6.0, 50.0], "fastvit-reference": [0.5, 10.0, 1.0, 2.0, 50.0]}
+
+    def interleave(providers, clock, repeats, **options: object) -> dict[str, measure.Timing]:
+        return {one.name: measure.Timing(rounds[one.name][: repeats or 0]) for one in providers}
+
+    monkeypatch.setattr(measure, "interleave", interleave)
+    monkeypatch.setattr(op_suite, "_ceiling", lambda device, dtype: FixedCeiling())
+    target = tmp_path / "rows.csv"
+    assert run("--op", "layer_norm", "--backend", "reference", "--repeats", 5, "--csv", target)[0] == 0
+    eager, ours = rows.read(target)
+    assert (float(eager["ratio"]), float(ours["ratio"])) == (1.0, 2.0)  # of 2, 4, 2, 3, 1; of the medians it were 3
+    with pytest.raises(ValueError, match="zip"):
+        measure.ratio(measure.Timing([1.0, 2.0]), measure.Timing([1.0]))
+
+
+class FixedCeiling:
+    gflops = gbs = 1.0
+
+    def forget(self) -> None: ...
+
+    def sample(self) -> None: ...
+
+
+def test_as_many_rounds_as_the_budget_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    fewest, most = op_suite.ROUNDS
+    assert fewest >= 15
+    now = [0.0]
+
+    def clock(call) -> float:
+        now[0] += call()
+        return 1e-9  # what a clock says of one call is no measure of what its sample took
+
+    monkeypatch.setattr(op_suite.time, "perf_counter", lambda: now[0])
+    for seconds, expected in ((1e-6, most), (op_suite.BUDGET_S / 60, 30), (5.0, fewest)):
+        both = [measure.Provider(name, lambda seconds=seconds: seconds) for name in "ab"]
+        assert op_suite._warm_up(both, clock) == pytest.approx(expected, abs=1)
 
 
 def test_who_runs_out_of_memory_hides_nobody(run, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

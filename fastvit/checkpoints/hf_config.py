@@ -16,7 +16,6 @@ HEADS_OF_WIDTH = {c.embed_dim: c.num_heads for c in PRESETS.values()} | {
     896: 14,
     1152: 16,
     1536: 24,
-    1664: 16,
 }
 NEEDED = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
 # what transformers calls the activations of Vision Transformers

@@ -1,7 +1,6 @@
-"""`fastvit bench` and `fastvit bench-ops`: whole models and single ops timed, each checked against fp64."""
+"""`fastvit bench`: whole models timed, each checked against fp64."""
 
 import functools
-import itertools
 import json as json_module
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +16,7 @@ from .terminal import (
     as_usage_errors,
     backend_names,
     benchmarks,
+    checked_name,
     checked_names,
     checked_positives,
     finite,
@@ -27,50 +27,55 @@ from .terminal import (
 
 
 def bench(
+    grid: Annotated[str, typer.Option(help="Cases to measure; the options below replace its own.")] = "default",
     model: Annotated[list[str] | None, typer.Option(help="Model name; repeat it or separate by commas.")] = None,
-    batch: Annotated[list[str] | None, typer.Option(help="Batch size, likewise.  [default: 1,8]")] = None,
-    img_size: Annotated[list[str] | None, typer.Option(help="Side in pixels, likewise.  [default: its own]")] = None,
+    batch: Annotated[list[str] | None, typer.Option(help="Batch size, likewise.")] = None,
+    img_size: Annotated[list[str] | None, typer.Option(help="Side in pixels, likewise.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16, int8, likewise.")] = None,
-    direction: Annotated[list[str] | None, typer.Option(help="forward (default), training, likewise.")] = None,
+    direction: Annotated[list[str] | None, typer.Option(help="forward, training, likewise.")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="Backend, likewise.  [default: all that run here]")] = None,
     images: Annotated[Path | None, typer.Option(help="Directory of images.  [default: two photographs]")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")] = "",
     compile: Annotated[bool, typer.Option("--compile", help="Also time torch.compile of the eager model.")] = False,
-    peers: Annotated[bool, typer.Option("--peers", help="Also time other projects' engines, on a CPU.")] = False,
+    peers: Annotated[bool, typer.Option("--peers", help="Also time other engines and libraries.")] = False,
+    peer: Annotated[list[str] | None, typer.Option(help="Only these of them, likewise.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
-    repeats: Annotated[int, typer.Option(min=0, help="Timed rounds; 0 takes as many as fit in 20 s.")] = 0,
+    repeats: Annotated[int, typer.Option(min=0, help="Timed rounds; 0: as many as fit in --seconds.")] = 0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Of timing, per case.")] = 20.0,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     csv: Annotated[Path | None, typer.Option(help="Add the rows to this CSV file, replacing equal keys.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw a chart of the rows: PNG, SVG or PDF.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Directory for rows, pictures and a report, likewise.")] = None,
     json: Json = False,
 ) -> None:
     """Time whole models: eager, torch.compile on request and every fastvit backend, checked against fp64.
 
-    Fails when a provider of fastvit is wrong; such a provider gets no ratio.
+    The cases are those of a grid: default (ViT-B on two photographs), peers, growth, training, gpu, full. Fails when a
+    provider of fastvit is wrong; such a provider gets no ratio.
     """
     import torch
 
-    from fastvit import figures, images as pictures
+    from fastvit import images as pictures
 
-    cases, photos, charts, tables = map(benchmarks, ("cases", "images", "plot", "rows"))
-    suite, table, engines, measure = map(benchmarks, ("suite", "table", "engines", "measure"))
+    cases, photos, tables, suite = map(benchmarks, ("cases", "images", "rows", "suite"))
+    table, engines, measure = map(benchmarks, ("table", "engines", "measure"))
 
     if threads:
         torch.set_num_threads(threads)
     place = torch_device(device)
+    names = [name for engine in engines.ENGINES for name in engine.names]
     with as_usage_errors(ValueError, suite.UnavailableError):
-        wanted = _cases(cases, model, batch, dtype, direction, img_size)
+        wanted = _cases(cases, grid, model, batch, dtype, direction, img_size)
         dtypes = list(dict.fromkeys(case.dtype for case in wanted))
         chosen, left_out = suite.candidates(
             place, checked_names(backend, backend_names(), "backend"), int8=cases.INT8 in dtypes
         )
-        if peers and (place.type != "cpu" or any(case.direction != cases.FORWARD for case in wanted)):
-            raise UsageError("--peers measures forward passes on a CPU")
-        if csv is not None:
-            tables.read(csv)
-        if plot is not None:
-            figures.check_target(plot)
+        asked = checked_names(peer, names, "peer")
+        peers = peers or bool(asked)
+        if peers and any(case.direction != cases.FORWARD for case in wanted):
+            raise UsageError("--peers measures forward passes; --compile also training steps")
+        target = results_file(csv, results, place)
         files = pictures.list_images(images) if images else photos.photographs()
+    others, slow = engines.chosen(asked, place.type) if peers else ((), {})
     options = suite.Options(
         device=place,
         backends=chosen,
@@ -79,11 +84,13 @@ def bench(
         compile=compile,
         repeats=repeats or None,
         seed=seed,
-        engines=engines.ENGINES if peers else (),
+        engines=others,
+        budget_s=seconds,
     )
-    keep = functools.partial(tables.write, csv) if csv else None
+    keep = functools.partial(tables.write, target) if target else None
     if peers:
-        left_out.update(engines.left_out(dtypes))
+        left_out.update(slow)
+        left_out.update(engines.left_out(others, dtypes, place.type))
         for line in measure.peak_lines(place, [case.compute for case in wanted]):  # a busy machine shows at once
             print(line, file=sys.stderr)
 
@@ -94,67 +101,9 @@ def bench(
 
     with as_usage_errors(pictures.ImageError):
         rows = _measure([case.title for case in wanted], [functools.partial(run, case) for case in wanted], keep)
-    if plot is not None:
-        charts.draw(rows, plot)
     _show(table, rows, left_out, json)
+    draw(results)
     _refuse_failures("bench", rows)
-
-
-def bench_ops(
-    op: Annotated[list[str] | None, typer.Option(help="Op; repeat it or separate by commas.  [default: all]")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="Model whose shapes to take, likewise.")] = None,
-    batch: Annotated[list[str] | None, typer.Option(help="Batch size, likewise.")] = None,
-    tokens: Annotated[list[str] | None, typer.Option(help="Tokens, likewise.  [default: the model's]")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16, likewise.")] = None,
-    direction: Annotated[list[str] | None, typer.Option(help="forward, backward, forward+backward, likewise.")] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="Backend, likewise.  [default: all that run here]")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")] = "",
-    compile: Annotated[bool, typer.Option("--compile", help="Also time torch.compile of eager.")] = False,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
-    repeats: Annotated[int, typer.Option(min=0, help="Timed rounds; 0: as many as fit in 2 s, on a GPU 25.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the random tensors.")] = 0,
-    csv: Annotated[Path | None, typer.Option(help="Add the rows to this CSV file, replacing equal keys.")] = None,
-    json: Json = False,
-) -> None:
-    """Time single ops, checked against fp64: eager, SDPA's backends, torch.compile on request, every fastvit backend.
-
-    Fails when a provider's output or gradients are wrong; such a provider gets no ratio.
-    """
-    import torch
-
-    import fastvit
-
-    cases, op_cases, suite = map(benchmarks, ("cases", "op_cases", "suite"))
-    op_suite, tables, table = map(benchmarks, ("op_suite", "rows", "table"))
-
-    if threads:
-        torch.set_num_threads(threads)
-    place = torch_device(device)
-    with as_usage_errors(ValueError, suite.UnavailableError):
-        wanted = op_cases.grid(
-            place.type == "cuda",
-            checked_names(op, [*op_cases.OPS, *op_cases.GROUPS], "op"),
-            checked_names(model, fastvit.list_models(), "model"),
-            checked_positives(batch, "batch"),
-            checked_names([cases.ALIASES.get(name, name) for name in split_commas(dtype)], list(cases.DTYPES), "dtype"),
-            checked_names(direction, op_cases.DIRECTIONS, "direction"),
-            checked_positives(tokens, "tokens"),
-        )
-        chosen, left_out = op_suite.candidates(place, checked_names(backend, backend_names(), "backend"))
-        if csv is not None:
-            tables.read(csv)
-    options = op_suite.Options(place, chosen, compile, repeats or None, seed)
-
-    def run(case: Any, report: Callable[..., None]) -> list[dict]:
-        measured = op_suite.run_case(case, options, report)
-        left_out.update({f"{name} ({case.op} {case.dtype})": why for name, why in measured.left_out.items()})
-        return measured.rows
-
-    titles = [f"{case.op} {case.shape} {case.direction}" for case in wanted]
-    runs = [functools.partial(run, case) for case in wanted]
-    rows = _measure(titles, runs, functools.partial(tables.write, csv) if csv else None)
-    _show(table, rows, left_out, json)
-    _refuse_failures("bench-ops", rows)
 
 
 def _measure(
@@ -171,6 +120,25 @@ def _measure(
     return rows
 
 
+def results_file(csv: Path | None, results: Path | None, place: Any) -> Path | None:
+    """Where rows go: the file of --csv, this device's file in the folder of --results, or nowhere."""
+    if csv is not None and results is not None:
+        raise UsageError("--csv and --results both say where rows go: give one of them")
+    environment, tables = map(benchmarks, ("environment", "rows"))
+    target = csv if results is None else tables.path_of(results, environment.device_name(place))
+    if target is not None:
+        tables.read(target)  # what is no table of rows is refused before anything is measured
+    return target
+
+
+def draw(results: Path | None) -> None:
+    """The pictures and the report of a folder of results."""
+    if results is not None:
+        plot, tables = map(benchmarks, ("plot", "rows"))
+        for path in plot.draw_all(tables.read_folder(results), results):
+            print(path, file=sys.stderr)
+
+
 def _report(show: Callable[..., None], number: int, title: str, stage: str, done: int, of: int) -> None:
     timing = stage == "time"
     show(number + (done / of if timing else 0.0), title, f"round {done} of {of}" if timing else stage)
@@ -184,23 +152,24 @@ def _refuse_failures(command: str, rows: Iterable[dict]) -> None:
 
 def _cases(
     cases: Any,
+    grid: str,
     model: list[str] | None,
     batch: list[str] | None,
     dtype: list[str] | None,
     direction: list[str] | None,
     img_size: list[str] | None,
 ) -> list[Any]:
-    """Every combination of the models, sizes, dtypes and batch sizes that were asked for."""
+    """The cases of a grid, or every combination of the models, sizes, dtypes and batch sizes that were asked for."""
     import fastvit
 
-    models = checked_names(model, fastvit.list_models(), "model") or list(cases.DEFAULT_MODELS)
-    spelled = [cases.ALIASES.get(name, name) for name in split_commas(dtype)]
-    dtypes = checked_names(spelled, list(cases.MODEL_DTYPES), "dtype") or list(cases.DEFAULT_DTYPES)
-    batches = checked_positives(batch, "batch") or list(cases.DEFAULT_BATCHES)
-    directions = checked_names(direction, cases.DIRECTIONS, "direction") or [cases.FORWARD]
-    sizes: Sequence[int | None] = checked_positives(img_size, "img-size") or [None]
-    grid = itertools.product(models, directions, sizes, dtypes, batches)
-    return [cases.Case(m, b, dtype, way, size) for m, way, size, dtype, b in grid]
+    return cases.grid(
+        checked_name(grid, list(cases.GRIDS), "grid"),
+        checked_names(model, fastvit.list_models(), "model"),
+        checked_positives(batch, "batch"),
+        checked_names([cases.ALIASES.get(name, name) for name in split_commas(dtype)], cases.MODEL_DTYPES, "dtype"),
+        checked_names(direction, cases.DIRECTIONS, "direction"),
+        checked_positives(img_size, "img-size"),
+    )
 
 
 def _show(table: Any, rows: list[dict], left_out: dict[str, str], json: bool) -> None:
