@@ -12,7 +12,7 @@ SAMPLE_S, SAMPLE_CALLS = 5e-3, 5  # seconds of one sample of short calls, and it
 
 
 class Several:
-    """A clock for short calls on a CPU: the median of as many in a row as take `SAMPLE_S` together, once that is longer.
+    """A clock for short calls on a CPU: the median of as many in a row as take `SAMPLE_S` together.
 
     The first call after another's finds cold caches and threads asleep, and any may be interrupted for longer than it
     takes: a median of `SAMPLE_CALLS` at least knows neither.

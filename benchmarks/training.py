@@ -48,7 +48,7 @@ class Step:
 
 
 def optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """PyTorch's fused AdamW, at a rate of 0: all of its work, and weights that stay what every provider started from."""
+    """PyTorch's fused AdamW at a rate of 0: all of its work, and the weights that every provider starts from stay."""
     return torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
 

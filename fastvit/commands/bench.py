@@ -1,15 +1,14 @@
 """`fastvit bench`: whole models timed, each checked against fp64."""
 
 import functools
-import json as json_module
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import rich.console
 import typer
 
+from .measuring import draw, refuse_failures, results_file, run_cases, show
 from .terminal import (
     Json,
     UsageError,
@@ -19,8 +18,6 @@ from .terminal import (
     checked_name,
     checked_names,
     checked_positives,
-    finite,
-    progress,
     split_commas,
     torch_device,
 )
@@ -44,7 +41,7 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.0, help="Of timing, per case.")] = 20.0,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     csv: Annotated[Path | None, typer.Option(help="Add the rows to this CSV file, replacing equal keys.")] = None,
-    results: Annotated[Path | None, typer.Option(help="Directory for rows, pictures and a report, likewise.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Directory for this device's rows, pictures, a report.")] = None,
     json: Json = False,
 ) -> None:
     """Time whole models: eager, torch.compile on request and every fastvit backend, checked against fp64.
@@ -100,54 +97,10 @@ def bench(
         return measured.rows
 
     with as_usage_errors(pictures.ImageError):
-        rows = _measure([case.title for case in wanted], [functools.partial(run, case) for case in wanted], keep)
-    _show(table, rows, left_out, json)
+        rows = run_cases([case.title for case in wanted], [functools.partial(run, case) for case in wanted], keep)
+    show(table, rows, left_out, json)
     draw(results)
-    _refuse_failures("bench", rows)
-
-
-def _measure(
-    titles: Sequence[str], runs: Sequence[Callable[..., list[dict]]], keep: Callable[[list[dict]], object] | None
-) -> list[dict]:
-    """Run the cases under a progress bar; rows are kept case by case, so that an interruption loses only one."""
-    rows: list[dict] = []
-    with progress(len(runs)) as show:
-        for number, (title, run) in enumerate(zip(titles, runs, strict=True)):
-            measured = run(functools.partial(_report, show, number, f"{number + 1}/{len(runs)}  {title}"))
-            rows += measured
-            if keep is not None:
-                keep(measured)
-    return rows
-
-
-def results_file(csv: Path | None, results: Path | None, place: Any) -> Path | None:
-    """Where rows go: the file of --csv, this device's file in the folder of --results, or nowhere."""
-    if csv is not None and results is not None:
-        raise UsageError("--csv and --results both say where rows go: give one of them")
-    environment, tables = map(benchmarks, ("environment", "rows"))
-    target = csv if results is None else tables.path_of(results, environment.device_name(place))
-    if target is not None:
-        tables.read(target)  # what is no table of rows is refused before anything is measured
-    return target
-
-
-def draw(results: Path | None) -> None:
-    """The pictures and the report of a folder of results."""
-    if results is not None:
-        plot, tables = map(benchmarks, ("plot", "rows"))
-        for path in plot.draw_all(tables.read_folder(results), results):
-            print(path, file=sys.stderr)
-
-
-def _report(show: Callable[..., None], number: int, title: str, stage: str, done: int, of: int) -> None:
-    timing = stage == "time"
-    show(number + (done / of if timing else 0.0), title, f"round {done} of {of}" if timing else stage)
-
-
-def _refuse_failures(command: str, rows: Iterable[dict]) -> None:
-    failed = sorted({row["provider"] for row in rows if row["status"] != "ok"})
-    if failed:
-        raise UsageError(f"{command}: {', '.join(failed)} FAILED, see above")
+    refuse_failures("bench", rows)
 
 
 def _cases(
@@ -170,19 +123,3 @@ def _cases(
         checked_names(direction, cases.DIRECTIONS, "direction"),
         checked_positives(img_size, "img-size"),
     )
-
-
-def _show(table: Any, rows: list[dict], left_out: dict[str, str], json: bool) -> None:
-    if json:
-        clean = [{key: finite(value) for key, value in row.items()} for row in rows]
-        print(json_module.dumps({"rows": clean, "not_measured": left_out}, indent=2))
-        return
-    console = rich.console.Console(highlight=False)
-    if console.is_terminal:
-        for one in table.rich_tables(rows, console.width):
-            console.print(one)
-            console.print()
-    else:
-        print(table.plain(rows))
-    for note in [*table.footnotes(rows, left_out), table.legend(rows)]:
-        print(note, file=sys.stdout if console.is_terminal else sys.stderr)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .bench import _measure, _refuse_failures, _show, draw, results_file
+from .measuring import draw, refuse_failures, results_file, run_cases, show
 from .terminal import (
     Json,
     as_usage_errors,
@@ -35,7 +35,7 @@ def bench_ops(
     repeats: Annotated[int, typer.Option(min=0, help="Timed rounds; 0: those of 1 s, at least 15, on a GPU 25.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the random tensors.")] = 0,
     csv: Annotated[Path | None, typer.Option(help="Add the rows to this CSV file, replacing equal keys.")] = None,
-    results: Annotated[Path | None, typer.Option(help="Directory for rows, pictures and a report, likewise.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Directory for this device's rows, pictures, a report.")] = None,
     json: Json = False,
 ) -> None:
     """Time single ops, checked against fp64: eager, SDPA's backends, every fastvit backend, on request their peers.
@@ -76,7 +76,7 @@ def bench_ops(
 
     titles = [f"{case.op} {case.shape} {case.direction}" for case in wanted]
     runs = [functools.partial(run, case) for case in wanted]
-    rows = _measure(titles, runs, functools.partial(tables.write, target) if target else None)
-    _show(table, rows, left_out, json)
+    rows = run_cases(titles, runs, functools.partial(tables.write, target) if target else None)
+    show(table, rows, left_out, json)
     draw(results)
-    _refuse_failures("bench-ops", rows)
+    refuse_failures("bench-ops", rows)
