@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +38,8 @@ class Peer:
     """build: a case -> a function of its tensors by name.
 
     ops: the cases it takes. modules: what it imports; install: the command for it. device: where it runs, "" anywhere;
-    elsewhere: why nowhere else. lacks: a dtype or direction it does not do -> why. scope: entered around every run.
+    elsewhere: why nowhere else, empty where a peer of the same name stands in. lacks: a dtype or direction it does not
+    do -> why. scope: entered around every run.
     """
 
     name: str
@@ -68,9 +69,9 @@ def left_out(chosen: Iterable[Peer], device: torch.device, cases: Sequence[OpCas
     for peer in chosen:
         asked = [what for case in cases if case.op in peer.ops for what in (case.dtype, case.direction)]
         reason = peer.why_not(device)
-        if asked and reason is not None:
+        if asked and reason:
             found[peer.name] = reason
-        elif asked:
+        elif asked and reason is None:
             lacking = [what for what in dict.fromkeys(asked) if what in peer.lacks]
             found.update({f"{peer.name} ({what})": peer.lacks[what] for what in lacking})
     return found
@@ -93,11 +94,19 @@ def _compiled(mode: str | None, case: OpCase) -> Function:
     return torch.compile(op_calls.call(case).eager, dynamic=False, mode=mode)
 
 
-def _kept_buffers() -> AbstractContextManager:
-    """Compiled backwards free what a second run over the same graph needs, unless told otherwise while compiling."""
-    import torch._functorch.config as config
+@contextlib.contextmanager
+def _compiling(**settings: Any) -> Iterator[None]:
+    """What a compiler is told while it compiles: to keep what a second backward needs, and to print no tables."""
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
 
-    return config.patch(donated_buffer=False) if hasattr(config, "donated_buffer") else contextlib.nullcontext()
+    quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+    known = {name: value for name, value in quiet.items() if hasattr(inductor, name)}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(inductor.patch(known | settings))
+        if hasattr(functorch, "donated_buffer"):
+            stack.enter_context(functorch.patch(donated_buffer=False))
+        yield
 
 
 class _Constant(torch.nn.Module):
@@ -114,18 +123,19 @@ class _Constant(torch.nn.Module):
 
 
 def _frozen(case: OpCase) -> Function:
-    """torch.compile with the weights as constants, packed ahead; the setting counts only while it is global."""
-    import torch._inductor.config as inductor
+    """torch.compile that packs weights ahead, as constants, and tries its own products against oneDNN's and MKL's.
 
+    The settings count only while they are global.
+    """
     call = op_calls.call(case)
     images = [name for name in call.shapes if name in PER_IMAGE]
     weights = [name for name in call.shapes if name not in PER_IMAGE]
 
     def make(address: Tensor, given: Tensors) -> Function:
         module = _Constant(call.eager, {name: given[name] for name in weights}).eval()
-        # the option alone does nothing, but keeps these graphs apart from those of a plain torch.compile
-        compiled = torch.compile(module, dynamic=False, options={"freezing": True})
-        with inductor.patch(freezing=True):
+        settings = {"freezing": True, "max_autotune": True}
+        compiled = torch.compile(module, dynamic=False, options=settings)
+        with _compiling(**settings):
             compiled(**{name: given[name] for name in images})
         return compiled
 
@@ -269,7 +279,7 @@ def _transformer_engine(case: OpCase) -> Function:
 _PRODUCTS = (*GROUPS["linear"], "norm_mlp", "block")
 
 COMPILERS = (
-    Peer("compile", OPS, functools.partial(_compiled, None), scope=_kept_buffers),
+    Peer("compile", OPS, functools.partial(_compiled, None), scope=_compiling),
     # Without CUDA graphs: they copy every input into memory of their own, which costs as much as an op of one kernel,
     # and what they save, the launches, is outside the time of a burst anyway.
     Peer(
@@ -277,15 +287,15 @@ COMPILERS = (
         OPS,
         functools.partial(_compiled, "max-autotune-no-cudagraphs"),
         device="cuda",
-        elsewhere="on a CPU its search takes seconds per case and finds what compile-freezing has",
-        scope=_kept_buffers,
+        elsewhere="",
+        scope=_compiling,
     ),
     Peer(
-        "compile-freezing",
+        "compile-max-autotune",
         OPS,
         _frozen,
         device="cpu",
-        elsewhere="on a GPU there is nothing to pack: compile-max-autotune stands for it",
+        elsewhere="",
         lacks=forward_only("it takes weights for constants, which in training they are not"),
     ),
 )

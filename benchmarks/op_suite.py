@@ -23,7 +23,7 @@ SDPA = {
     "sdpa-efficient": "EFFICIENT_ATTENTION",
     "sdpa-math": "MATH",
 }
-BUDGET_S, ROUNDS = 1.0, (15, 100)  # of a case on a CPU: seconds, and fewest and most rounds whatever they take
+BUDGET_S, ROUNDS = 0.7, (15, 100)  # of a case on a CPU: seconds, and fewest and most rounds whatever they take
 GPU_ROUNDS = 25
 CALL_ROUNDS = 7
 

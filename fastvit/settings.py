@@ -16,7 +16,7 @@ class Settings:
     disable: FASTVIT_DISABLE, leaves everything to the reference backend and makes ``accelerate`` do nothing.
     strict: FASTVIT_STRICT, raises where an op would fall back to the reference backend.
     log: FASTVIT_LOG, the level of the ``fastvit`` logger (DEBUG, INFO, WARNING, ERROR).
-    cpu: FASTVIT_CPU, the instruction set of the CPU kernels (avx512_bf16, avx512, avx2, portable), else the best here.
+    cpu: FASTVIT_CPU, the CPU kernels' instruction set (amx, avx512_bf16, avx512, avx2, portable), else the best here.
     """
 
     backend: str = "auto"

@@ -32,7 +32,7 @@ def pytest_runtest_makereport(item, call):
             report.longrepr = f"skipped in CI, where nothing but GPU tests may be: {reason}"
 
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 DETECTED = "portable" if native.why_unavailable("cpu") else native.build_info()["cpu_detected"]
 
 

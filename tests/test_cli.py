@@ -80,7 +80,7 @@ def test_bench_leaves_a_table_rows_pictures_and_a_report(run, tmp_path: Path) ->
     assert got[0]["eager"].startswith("timm ")
     with Image.open(target.with_name(f"{target.stem}-models.png")) as image:
         assert image.format == "PNG"
-    assert "vit_tiny_patch16_224" in (tmp_path / "report.html").read_text()
+    assert "ViT-Ti/16" in (tmp_path / "report.html").read_text()
 
 
 def test_bench_speaks_json_and_takes_a_directory(run, tmp_path: Path) -> None:

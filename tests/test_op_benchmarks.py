@@ -23,6 +23,7 @@ from fastvit.benchmarks import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DIRECTIONS = ("forward", "backward")
 
 
 def perturbed(exact: torch.Tensor, eager: torch.Tensor, kind: str) -> torch.Tensor:
@@ -220,6 +221,24 @@ def test_a_wrong_result_gets_no_speed(run, tmp_path, monkeypatch: pytest.MonkeyP
     assert ("gradient of x" if direction == "forward+backward" else "output") in err
     eager, wrong = rows.read(target)
     assert (eager["status"], wrong["status"], wrong["ratio"], wrong["median_ms"]) == ("ok", "FAILED", "", "")
+
+
+def test_peers_and_compilers_are_asked_for(run, tmp_path) -> None:
+    target = tmp_path / "rows.csv"
+    code, _, err = run(
+        "--op", "linear_qkv", "--backend", "reference", "--compile", "--peers", "--direction", "forward,backward",
+        "--csv", target,
+    )  # fmt: skip
+    assert code == 0, err
+    found = {way: [row["provider"] for row in rows.read(target) if row["direction"] == way] for way in DIRECTIONS}
+    assert found["forward"] == ["eager", "fastvit-reference", "compile", "compile-max-autotune", "onednn-packed"]
+    assert found["backward"] == ["eager", "fastvit-reference", "compile"]
+    for line in (
+        "compile-max-autotune (backward) not measured: it takes weights for constants",
+        "onednn-packed (backward) not measured: it reads weights packed",
+    ):
+        assert line in err
+    assert "flash-attn" not in err, "it computes no linear layer"
 
 
 def test_a_ratio_is_the_median_of_rounds(run, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

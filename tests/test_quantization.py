@@ -57,6 +57,18 @@ def test_what_lay_in_the_memory_before_does_not_matter(isa, threads, width, head
     assert torch.equal(run(), clean)
 
 
+@pytest.mark.parametrize("tokens", range(1, 16))
+@pytest.mark.parametrize(("width", "hidden"), [(64, 128), (70, 83), (42, 790)])
+def test_every_instruction_set_sums_bytes_alike(isa, tokens, width, hidden):
+    """Tiles of every height and rows that end within a line; attention over equal rows, which is exact."""
+    parameters, x = list(block(width, hidden)[:14]), torch.randn(2, tokens, width)
+    parameters[2] = torch.zeros_like(parameters[2])
+    run = lambda: run_encoder(x.bfloat16(), parameters, [1e-6] * 2, 2, 0.2, "gelu", [True] * 4)  # noqa: E731
+    got = run()
+    torch.ops.fastvit_native.cpu_isa("avx512_bf16" if isa == "amx" else isa)
+    assert torch.equal(run(), got)
+
+
 def test_bits_depend_neither_on_threads_nor_on_the_batch(threads):
     blocks = [block(96, 160, seed=seed) for seed in range(2)]
     parameters, x = [t for b in blocks for t in b[:14]], torch.randn(5, 70, 96)

@@ -144,6 +144,7 @@ void head_gradients(const AttentionBackwardArgs<T>& g, BackwardBuffers<T>& b, in
   pack_head_columns(q, f.q_strides[2], f.queries, f.head_dim, b.q_columns);
   pack_head_columns(g.dout + at, row, f.queries, f.head_dim, b.dout_columns);
   const Tiles queries(f.queries), keys(f.keys);
+  const TileUnit unit;
   for (int64_t t = 0; t < queries.count; t++) query_gradients(g, b, batch, head, queries.begin(t), queries.height(t));
   for (int64_t t = 0; t < keys.count; t++) {
     const int64_t key = keys.begin(t), count = keys.height(t);

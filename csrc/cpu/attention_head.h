@@ -182,6 +182,7 @@ FASTVIT_INLINE void attend(const AttentionArgs<T>& g, const HeadBuffers<T>& buff
   const int64_t keys = g.causal && query + count < g.keys ? query + count : g.keys, stride = buffers.score_stride;
   const T* q = g.q + batch * g.q_strides[0] + head * g.q_strides[1] + query * g.q_strides[2];
   pack_lines<C>(q, g.q_strides[2], count, g.head_dim, buffers.queries);
+  const TileUnit unit;
   for (int64_t key = 0; key < keys; key += panel) {
     const auto tile = keys - key > lanes ? micro_of<C, kPanelVectors>(count) : micro_of<C, 1>(count);
     const A* k = buffers.keys + key * buffers.units;

@@ -34,6 +34,7 @@
 #include "common/dtype.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/tiles.h"
 
 #define FASTVIT_ISA_PORTABLE 0
 #define FASTVIT_ISA_AVX2 1
@@ -101,9 +102,9 @@ namespace fastvit::avx512_bf16 {
 #endif
 #undef FASTVIT_ISA
 
-// The address of one function in the namespace of the active instruction set.
+// The address of one function in the namespace of the active instruction set; amx is the last one with tiles.
 #define FASTVIT_SELECT(...)                                                                      \
-  (::fastvit::active_isa() == ::fastvit::Isa::avx512_bf16 ? &::fastvit::avx512_bf16::__VA_ARGS__ \
+  (::fastvit::active_isa() >= ::fastvit::Isa::avx512_bf16 ? &::fastvit::avx512_bf16::__VA_ARGS__ \
    : ::fastvit::active_isa() == ::fastvit::Isa::avx512    ? &::fastvit::avx512::__VA_ARGS__      \
    : ::fastvit::active_isa() == ::fastvit::Isa::avx2      ? &::fastvit::avx2::__VA_ARGS__        \
                                                           : &::fastvit::portable::__VA_ARGS__)

@@ -6,11 +6,12 @@
 #include <atomic>
 
 #include "cpu/foreach_isa.h"
+#include "cpu/tiles.h"
 
 namespace fastvit {
 namespace {
 
-constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
 
 Isa detect() {
 #if FASTVIT_X86
@@ -18,7 +19,7 @@ Isa detect() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return has_tiles() ? Isa::amx : Isa::avx512_bf16;
   if (avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
@@ -37,7 +38,7 @@ std::string cpu_isa(std::string name) {
 
 }  // namespace
 
-Isa best_compiled_isa() { return FASTVIT_X86 ? Isa::avx512_bf16 : Isa::portable; }
+Isa best_compiled_isa() { return FASTVIT_TILES ? Isa::amx : FASTVIT_X86 ? Isa::avx512_bf16 : Isa::portable; }
 
 Isa detected_isa() {
   static const Isa isa = detect();
@@ -48,6 +49,8 @@ Isa active_isa() { return active().load(std::memory_order_relaxed); }
 
 const char* name_of(Isa isa) {
   switch (isa) {
+    case Isa::amx:
+      return "amx";
     case Isa::avx512_bf16:
       return "avx512_bf16";
     case Isa::avx512:
@@ -70,7 +73,7 @@ void force_isa(const std::string& name) {
     active() = isa;
     return;
   }
-  STD_TORCH_CHECK(false, "FASTVIT_CPU must be portable, avx2, avx512 or avx512_bf16, got ", name);
+  STD_TORCH_CHECK(false, "FASTVIT_CPU must be portable, avx2, avx512, avx512_bf16 or amx, got ", name);
 }
 
 }  // namespace fastvit

@@ -6,7 +6,7 @@
 
 namespace fastvit {
 
-enum class Isa { portable, avx2, avx512, avx512_bf16 };
+enum class Isa { portable, avx2, avx512, avx512_bf16, amx };
 
 Isa best_compiled_isa();
 Isa detected_isa();

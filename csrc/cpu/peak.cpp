@@ -33,7 +33,7 @@ double peak() {
   return rate(FASTVIT_SELECT(multiply_registers<P>), FASTVIT_SELECT(operations<P>)());
 }
 
-// With the tile unit where there is one: it is what the machine can do, whether or not our kernels use it.
+// With the tile unit where there is one: it is what the machine can do, also while FASTVIT_CPU turns it off.
 double peak_with_tiles(double registers, float (*multiply)(int64_t), int64_t operations) {
   return has_tiles() ? std::max(registers, rate(multiply, operations)) : registers;
 }

@@ -39,8 +39,9 @@ template <class C, class S, class E>
 FASTVIT_INLINE void multiply_panel(const Lines<C>& x, const unit_t<C>* panel, int64_t column, int64_t columns,
                                    unit_t<C>* sums, const S& soon, const E& epilogue) {
   constexpr int64_t lanes = kLanes<unit_t<C>>, width = kPanel<C>;
-  const int64_t units = units_of<C>(x.k), chains = (units + kChain<C> - 1) / kChain<C>;
+  const int64_t units = units_of<C>(x.k), longest = longest_chain<C>(), chains = (units + longest - 1) / longest;
   const int64_t chain = ((units + chains - 1) / (chains ? chains : 1) + lanes - 1) / lanes * lanes;
+  const TileUnit unit;
   int64_t begin = 0;
   do {
     const int64_t count = units - begin < chain ? units - begin : chain, bytes = count * width * sizeof(unit_t<C>);

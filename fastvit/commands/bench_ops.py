@@ -32,7 +32,7 @@ def bench_ops(
     compile: Annotated[bool, typer.Option("--compile", help="Also time torch.compile of eager, in every way.")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="Also time oneDNN's packed product, other libraries.")] = False,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
-    repeats: Annotated[int, typer.Option(min=0, help="Timed rounds; 0: those of 1 s, at least 15, on a GPU 25.")] = 0,
+    repeats: Annotated[int, typer.Option(min=0, help="Timed rounds; 0: those of 0.7 s, at least 15, on a GPU 25.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the random tensors.")] = 0,
     csv: Annotated[Path | None, typer.Option(help="Add the rows to this CSV file, replacing equal keys.")] = None,
     results: Annotated[Path | None, typer.Option(help="Directory for this device's rows, pictures, a report.")] = None,
