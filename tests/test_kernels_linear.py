@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from arena import DEVICE, arena, double, each_dtype, random, run
+from arena import DEVICE, arena, double, each_dtype, outside, random, run
 from tolerances import assert_close
 
 pytest.importorskip("triton")
@@ -74,7 +74,7 @@ def sample(dtype, rows, depth, width, scaled=True):
 def test_forward(way, dtype, activation, rows, depth, width):
     x, weight, bias, scale, residual, factors = tensors = sample(dtype, rows, depth, width)
     y, preact = run(linear, x, weight, bias, scale, residual, activation, True, factors)
-    exact, eager = mathematics(activation, *double(*tensors)), mathematics(activation, *tensors)
+    exact, eager = mathematics(activation, *double(*tensors)), mathematics(activation, *outside(*tensors))
     assert_close("preact", preact, exact[0], eager[0])
     assert_close("y", y, exact[1], eager[1])
 
@@ -87,7 +87,7 @@ def test_bare_forward(way, dtype, rows, depth, width):
     for tensors in ((x, weight, None), (x, weight, bias)):
         y, nothing = run(linear, *tensors, None, None, "none", False, None)
         assert nothing.numel() == 0
-        assert_close("y", y, F.linear(*double(*tensors)), F.linear(*tensors))
+        assert_close("y", y, F.linear(*double(*tensors)), F.linear(*outside(*tensors)))
 
 
 def gradients(activation, dy, tensors):
@@ -107,10 +107,10 @@ def test_backward(way, dtype, activation, scaled, rows, depth, width):
     tensors = sample(dtype, rows, depth, width, scaled)
     x, weight, bias, scale, _, factors = tensors
     dy = random(rows, width, dtype=dtype)
-    preact = F.linear(x, weight, bias) if activation != "none" else dy.new_empty(0)
+    preact = F.linear(*outside(x, weight, bias)) if activation != "none" else dy.new_empty(0)
     got = run(linear, dy, x, weight, bias, scale, preact, activation, factors, entry="backward")
     want = gradients(activation, dy.double(), double(*tensors))
-    base = gradients(activation, dy, tensors)
+    base = gradients(activation, *outside(dy), outside(*tensors))
     for name, g, w, b in zip(("dx", "dweight", "dbias", "dlayer_scale"), got, want, base, strict=True):
         if w is None:
             assert g.numel() == 0

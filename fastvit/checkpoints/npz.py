@@ -113,9 +113,14 @@ def _reader(
     fortran: bool,
 ) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        with archive().open(part) as file:
-            file.read(start)
-            tensor = filled(file, shape[::-1] if fortran else shape, dtype)
+        whole = archive()
+        try:
+            with whole.open(part) as file:
+                file.read(start)
+                tensor = filled(file, shape[::-1] if fortran else shape, dtype)
+        except BaseException:
+            whole.close()  # the traceback would keep it open until somebody collects garbage
+            raise
         return tensor.permute(*reversed(range(len(shape)))) if fortran else tensor
 
     return read
