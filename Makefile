@@ -76,7 +76,7 @@ bench: $(VENV)/.built ## ViT-B/16 on two photographs: table, rows, pictures, rep
 	$(py) -m fastvit bench --results $(RESULTS) $(ARGS)
 
 bench-ops: $(VENV)/.built ## every op against eager, SDPA's backends, torch.compile and what else is installed (ARGS="--op attention")
-	$(py) -m fastvit bench-ops --compile --peers --results $(RESULTS) $(ARGS)
+	$(py) -m fastvit bench-ops --compile --peers --backend auto --results $(RESULTS) $(ARGS)
 
 bench-peers: $(VENV)/.peers ## ViT-S/16 and B/16 against ONNX Runtime, OpenVINO, zentorch, torch.compile, transformers, torchvision
 	$(py) -m fastvit bench --grid peers --peers --backend auto --seconds 8 --results $(RESULTS) $(ARGS)

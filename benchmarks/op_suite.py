@@ -279,8 +279,7 @@ def _time(
 
 
 def _warm_up(providers: Sequence[measure.Provider], clock: Callable[[Callable[[], object]], float]) -> int:
-    """Two rounds, and how many like the second fit in the budget; a clock's answers leave out how often it calls."""
-    measure.interleave(providers, clock, repeats=0, warmup=1)
+    """One round, and how many like it fit in the budget; a clock's answers leave out how often it calls."""
     start = time.perf_counter()
     measure.interleave(providers, clock, repeats=0, warmup=1)
     fewest, most = ROUNDS

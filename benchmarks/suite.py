@@ -141,6 +141,7 @@ def run_case(case: cases.Case, options: Options, report: Report = lambda stage, 
             sound,
             measure.settled(clock) if options.engines else clock,
             options.repeats,
+            warmup=1 if options.engines else measure.WARMUP_ROUNDS,  # beside engines a clock warms up by itself
             on_round=functools.partial(report, "time"),
             between=ceiling.sample,
             budget_s=options.budget_s,
