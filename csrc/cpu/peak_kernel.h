@@ -17,7 +17,8 @@ float multiply_registers(int64_t steps) {
   Vec<A> b{};
   A a{};
   for (int64_t step = 0; step < steps; step++) {
-    asm volatile("" : "+x"(b), "+x"(a));  // nor are all steps
+    // Nor are all steps; a comes from memory as in a product, for to spread it from a register takes one of two units.
+    asm volatile("" : "+x"(b), "+m"(a));
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; i++)
 #pragma GCC unroll 4
