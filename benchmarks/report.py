@@ -6,12 +6,12 @@ python -m fastvit.benchmarks.report --check FILE opens one in a headless Chromiu
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+
+from fastvit.figures import in_one_step
 
 from . import browser, charts, report_parts, rows as rows_module
 from .report_style import SCRIPT, SHEET
@@ -46,16 +46,8 @@ LEGEND = (
 def write(rows: Sequence[Row], folder: str | Path, digest: str) -> Path:
     """Write report.html into the folder in one step and return its path."""
     path = Path(folder) / NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{NAME}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page(rows, digest))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with in_one_step(path) as temporary:
+        temporary.write_text(page(rows, digest), encoding="utf-8")
     return path
 
 

@@ -1,9 +1,10 @@
 """The paper's pictures of what a Vision Transformer learned and looks at, drawn from `fastvit.analysis`' numbers."""
 
+import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,24 @@ def save(figure: Any, path: str | Path, dpi: int = 160, metadata: Mapping[str, s
     ``metadata``: what the file says about itself, in a PNG as text chunks.
     """
     path = check_target(path)
+    with in_one_step(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, metadata=dict(metadata or {}))
+    return path
+
+
+@contextlib.contextmanager
+def in_one_step(path: Path) -> Iterator[Path]:
+    """A file to write beside the path, in a folder made where it is missing; it takes the path's place at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
-        figure.savefig(temporary, dpi=dpi, metadata=dict(metadata or {}))
+        yield Path(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
-    return path
 
 
 def blank(width: float, height: float) -> Any:
