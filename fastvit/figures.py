@@ -31,14 +31,26 @@ def check_target(path: str | Path) -> Path:
         raise FigureError(f"{path}: a figure is written as {', '.join(FORMATS)}")
     if path.is_dir():
         raise FigureError(f"{path}: a directory, not a file to write")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise FigureError(f"{path}: {folder} is no directory that can be written to")
+    check_folder(path)
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise FigureError('figures need matplotlib:  pip install "fastvit[bench]"') from None
     return path
+
+
+def check_folder(path: str | Path) -> None:
+    """Check that something can be written to this path: it, or the nearest folder above it that exists, is writable.
+
+    Raises:
+        FigureError: that is no folder, or not one for this user.
+    """
+    path = Path(path)
+    folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if folder == path.absolute() and not folder.is_dir():  # a file that will be replaced
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise FigureError(f"{path}: {folder} is no directory that can be written to")
 
 
 def save(figure: Any, path: str | Path, dpi: int = 160, metadata: Mapping[str, str] | None = None) -> Path:
@@ -93,25 +105,33 @@ def overlay(picture: Tensor, weights: Tensor) -> Tensor:
 
 
 def attention(
-    pictures: Sequence[Tensor], weights: Sequence[Tensor], title: str, patch: tuple[int, int] | None = None
+    pictures: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    title: str,
+    patch: tuple[int, int] | None = None,
+    pairs: int = 1,
 ) -> Any:
-    """Figure 6: each picture (height, width, 3) in [0, 1] beside itself under its weights (rows, columns).
+    """Figures 6 and 14: each picture (height, width, 3) in [0, 1] beside itself under its weights (rows, columns).
 
-    ``patch`` (row, column) gets a frame.
+    ``patch`` (row, column) gets a frame. ``pairs``: how many stand side by side.
     """
     from matplotlib.patches import Rectangle
 
-    figure = blank(5.2, 2.6 * len(pictures) + 0.4)
-    panels = figure.subplots(len(pictures), 2, squeeze=False)
-    for row, picture, weight in zip(panels, pictures, weights, strict=True):
+    pairs = min(pairs, len(pictures))
+    rows = math.ceil(len(pictures) / pairs)
+    side = 2.6 if pairs == 1 else 1.6
+    figure = blank(2 * side * pairs, side * rows + 0.4)
+    panels = figure.subplots(rows, 2 * pairs, squeeze=False)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for row, picture, weight in zip(panels.reshape(-1, 2), pictures, weights, strict=False):
         for axes, image in zip(row, (picture, overlay(picture, weight)), strict=True):
             axes.imshow(image.numpy(), interpolation="nearest")
-            axes.set_axis_off()
         if patch is not None:
             tall, wide = picture.shape[0] / weight.shape[0], picture.shape[1] / weight.shape[1]
             corner = (patch[1] * wide - 0.5, patch[0] * tall - 0.5)
             row[0].add_patch(Rectangle(corner, wide, tall, fill=False, edgecolor="red", linewidth=1.5))
-    for axes, heading in zip(panels[0], ("input", title), strict=True):
+    for axes, heading in zip(panels[0], ("input", title) * pairs, strict=True):
         axes.set_title(heading, size=9)
     return figure
 

@@ -197,8 +197,16 @@ class Preprocessing:
         return replace(self, resize=short, crop=(side, side))
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        pixels = torch.from_numpy(np.array(self.picture(image), dtype=np.uint8)).permute(2, 0, 1).float() / self.divisor
-        return (pixels - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
+        return self.normalised(self.pixels(image))
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """The picture that the model sees as uint8 (3, height, width): a quarter of the bytes to hand around."""
+        return torch.from_numpy(np.array(self.picture(image), dtype=np.uint8)).permute(2, 0, 1)
+
+    def normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (..., 3, height, width) as the model's input, fp32 on the same device."""
+        mean, std = (torch.tensor(n, device=pixels.device).view(3, 1, 1) for n in (self.mean, self.std))
+        return (pixels.float() / self.divisor - mean) / std
 
     def picture(self, image: Image.Image) -> Image.Image:
         """The image resized and cropped: what the model sees, before it is normalised."""
@@ -221,9 +229,13 @@ class Preprocessing:
         Raises:
             ImageError: one line, which begins with the path.
         """
+        return self.normalised(self.read_pixels(path))
+
+    def read_pixels(self, path: Path) -> torch.Tensor:
+        """The same before it is normalised, uint8."""
         image = read_rgb(path)
         try:
-            return self(image)
+            return self.pixels(image)
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from None
 

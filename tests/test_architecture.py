@@ -80,6 +80,8 @@ ARROWS = {
         *LEAVES,
     },
     "__main__": {"cli"},
+    "compute": {"backends", "model", *LEAVES},
+    "compute_chart": {"compute", "figures"},
     "figures": set(),
     "images": set(),
     "kernels": set(),

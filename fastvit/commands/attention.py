@@ -1,37 +1,16 @@
 """`fastvit attention`: where a model looks, and what it learned to look with: the paper's figures 6, 7 and 11."""
 
 import json as json_module
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from . import models
 from .terminal import Json, UsageError, as_usage_errors, checked_name, printable, progress
-
-if TYPE_CHECKING:
-    import torch
+from .views import View, most_filters, read_pictures, shown, weights_of
 
 FIGURES = ("attention", "positions", "filters", "distance")
-SHOWN = 28  # embedding filters, as in figure 7
-
-
-@dataclass(frozen=True)
-class View:
-    """Which attention to draw: of a layer, or rolled out through all of them; of a head; of the class token (None) or
-    of the patch (row, column)."""
-
-    layer: int = -1
-    rollout: bool = False
-    head: int | str = "mean"
-    patch: tuple[int, int] | None = None
-
-    @property
-    def title(self) -> str:
-        query = f"patch {self.patch[0]},{self.patch[1]}" if self.patch else "class token"
-        return f"rollout, {query}" if self.rollout else f"layer {self.layer}, head {self.head}, {query}"
 
 
 def attention(
@@ -87,7 +66,9 @@ def attention(
     )
     loaded = models.load(asked, classifier=False)
     failures: list[str] = []
-    pictures = _pictures(images or [], output, failures) if kind in ("attention", "distance") else []
+    pictures = []
+    if kind in ("attention", "distance"):
+        pictures = list(read_pictures(images or [], [output], failures, "attention"))
     told: dict[str, Any] = {"figure": kind, "model": loaded.name}
     with as_usage_errors(ValueError, TypeError, RuntimeError):
         drawn = _draw(kind, loaded, pictures, view, told)
@@ -112,26 +93,6 @@ def _patch(text: str) -> tuple[int, int] | None:
     return int(row), int(column)
 
 
-def _pictures(names: list[str], output: Path, failures: list[str]) -> list[Any]:
-    """The images that can be read, as PIL has them; what is wrong with the others goes to stderr and ``failures``."""
-    from fastvit.images import ImageError, find_images, read_rgb
-
-    found = []
-    for name in find_images(names):
-        try:
-            if isinstance(name, ImageError):
-                raise name
-            if output.exists() and name.exists() and output.samefile(name):
-                raise UsageError(f"{output}: an image to be read; give the figure another name")
-            found.append(read_rgb(name))
-        except ImageError as error:
-            failures.append(printable(error))
-            print(f"fastvit: {failures[-1]}", file=sys.stderr)
-    if not found:
-        raise UsageError("attention: no image could be read")
-    return found
-
-
 def _draw(kind: str, loaded: models.Loaded, pictures: list[Any], view: View, told: dict[str, Any]) -> Any:
     import torch
 
@@ -141,57 +102,20 @@ def _draw(kind: str, loaded: models.Loaded, pictures: list[Any], view: View, tol
     if kind == "positions":
         return figures.positions(analysis.pos_embed_similarity(loaded.model).cpu())
     if kind == "filters":
-        return figures.filters(analysis.embedding_filters(loaded.model, _most_filters(loaded.model)))
+        return figures.filters(analysis.embedding_filters(loaded.model, most_filters(loaded.model)))
     weights, seen, distances = [], [], []
     with progress(len(pictures)) as show, torch.no_grad(), fastvit.backend(loaded.backend):
         for number, picture in enumerate(pictures):
             show(number, f"{number + 1}/{len(pictures)} images", "")
-            x = loaded.inputs(loaded.prepare(picture)[None])
+            pixels = loaded.prepare.pixels(picture)
+            x = loaded.inputs(loaded.prepare.normalised(pixels)[None])
             if kind == "distance":
                 distances.append(analysis.attention_distance(loaded.model, x=x).cpu())
             else:
-                weights.append(_weights(loaded.model, x, view))
-                seen.append(_pixels(loaded.prepare.picture(picture)))
+                weights.append(weights_of(loaded.model, x, view))
+                seen.append(shown(pixels))
     if kind == "attention":
         return figures.attention(seen, weights, view.title, view.patch)
     mean = torch.stack(distances).mean(0)
     told["pixels"] = mean.tolist()
     return figures.distance(mean)
-
-
-def _most_filters(model: "torch.nn.Module") -> int:
-    """As many filters as the paper shows, or as there are."""
-    from fastvit.integrations.embeddings import embedding_of
-
-    embedding = embedding_of(model)
-    weight = None if embedding is None else embedding.weight
-    return SHOWN if weight is None else min(SHOWN, weight.shape[0], weight[0].numel())
-
-
-def _weights(model: "torch.nn.Module", x: Any, view: View) -> "torch.Tensor":
-    """The attention of one image's query to every patch, (rows, columns) on the CPU."""
-    import fastvit
-    from fastvit import analysis
-
-    rows, columns = grid = analysis.patch_grid(model, x)
-    if view.patch and (view.patch[0] >= rows or view.patch[1] >= columns):
-        raise UsageError(f"query {view.patch[0]},{view.patch[1]} is outside of the {rows} x {columns} patches")
-    if view.rollout:
-        rolled = analysis.attention_rollout(model, x)[0]
-        first = rolled.shape[0] - rows * columns
-        if view.patch is None and not first:
-            raise UsageError("this model has no class token: say whose attention with --query row,column")
-        row = rolled[first + view.patch[0] * columns + view.patch[1] if view.patch else 0]
-    else:
-        heads: Any = None if view.head == "max" else view.head
-        queries: Any = [view.patch] if view.patch else "cls"
-        row = fastvit.attention_maps(model, x, layers=view.layer, queries=queries, heads=heads)[0][0, :, 0].amax(0)
-    return analysis.patch_maps(row, grid).float().cpu()
-
-
-def _pixels(picture: Any) -> "torch.Tensor":
-    """A PIL image as (height, width, 3) in [0, 1]."""
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.array(picture, dtype=np.uint8)).float() / 255

@@ -60,6 +60,26 @@ class Request:
     no_accelerate: bool = False
 
 
+def named_or_placed(text: str, checkpoint: Path | None) -> tuple[str, Path | None]:
+    """(model, checkpoint) of a command whose first argument is a model's name, a checkpoint's file or its directory.
+
+    Raises:
+        UsageError: neither a name nor a place, or a place beside another checkpoint.
+    """
+    import fastvit
+
+    if text in fastvit.list_models():
+        return text, checkpoint
+    if not Path(text).exists():
+        try:
+            checked_name(text, fastvit.list_models(), "model")
+        except UsageError as error:
+            raise UsageError(f"{error}; nor is there a checkpoint of that name") from None
+    if checkpoint is not None:
+        raise UsageError(f"{text} and --checkpoint {checkpoint} are two checkpoints: give one of them")
+    return "", Path(text)
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model in eval mode on its device, in its dtype, and what belongs to it.
