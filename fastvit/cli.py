@@ -21,13 +21,14 @@ from .commands.bench import bench
 from .commands.bench_ops import bench_ops
 from .commands.classify import classify
 from .commands.convert import convert
+from .commands.embed import embed
 from .commands.figures import figures
 from .commands.info import info
 from .commands.profile import profile
 from .commands.terminal import UsageError, reason
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Fused Vision Transformers.")
-for command in (info, classify, attention, figures, convert, bench, bench_ops, profile):
+for command in (info, classify, attention, figures, embed, convert, bench, bench_ops, profile):
     app.command()(command)
 
 

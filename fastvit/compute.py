@@ -1,4 +1,4 @@
-"""How much a model computes for one image, counted while it runs on tensors without storage; the paper's models compared.
+"""How much a model computes for one image, counted on shapes without storage; the paper's models compared.
 
 A multiply-add (MAC) of a matrix product or a convolution counts once, the two products of attention included; the rest
 (norms, activations, softmax) counts nothing, as in the figures that papers print. FLOPs are twice that.
@@ -108,7 +108,8 @@ def row(
         x = torch.empty(1, 3, SIZE, SIZE, device="meta")
     image = next(iter(x.values())) if isinstance(x, Mapping) else x
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Row(name, family, *image.shape[-2:], parameters, macs(model, x), asked)
+    height, width = image.shape[-2:]
+    return Row(name, family, height, width, parameters, macs(model, x), asked)
 
 
 def papers_rows(timm: Any = None) -> Iterator[Row | tuple[str, str]]:

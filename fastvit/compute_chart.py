@@ -1,4 +1,4 @@
-"""The paper's figures 5 and 12 without the accuracy, which takes the training of every model: models by what they cost."""
+"""Models by what they cost: figures 5 and 12 without the accuracy, which takes the training of every model."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

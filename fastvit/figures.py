@@ -148,8 +148,8 @@ def positions(similarity: Tensor) -> Any:
     axes.set_xticks([wide * (i + 0.5) for i in range(columns)], range(columns), size=7)
     axes.set_ylabel("row of the patch")
     axes.set_xlabel("column of the patch")
-    axes.set_title("position embeddings: cosine similarity", size=10)
-    figure.colorbar(image, ax=axes, shrink=0.8)
+    axes.set_title("similarity of position embeddings", size=10)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="cosine similarity")
     return figure
 
 
@@ -170,10 +170,17 @@ def filters(components: Tensor) -> Any:
 
 def distance(distances: Tensor) -> Any:
     """Figures 7, right, and 11: the mean attention distance (layers, H) of every head, in pixels, by depth."""
-    figure = blank(6.0, 4.0)
+    import matplotlib
+
+    figure = blank(6.6, 4.0)
     axes = figure.subplots()
-    for head in range(distances.shape[1]):
-        axes.scatter(range(len(distances)), distances[:, head].tolist(), s=16, color=f"C{head % 10}")
+    heads = distances.shape[1]
+    colours: Any = matplotlib.color_sequences["tab10" if heads <= 10 else "tab20"]
+    for head in range(heads):
+        values = distances[:, head].tolist()
+        axes.scatter(range(len(distances)), values, s=18, color=colours[head % len(colours)], label=f"head {head}")
+    if heads <= len(colours):
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, handletextpad=0.1)
     axes.set_xlabel("depth (layer)")
     axes.set_ylabel("mean attention distance (pixels)")
     axes.set_ylim(0, 1.05 * float(distances.max()) or 1.0)

@@ -2,6 +2,7 @@
 
 import glob
 import math
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,15 +32,15 @@ class ImageError(ValueError):
     """One line about a file or a directory that cannot be used."""
 
 
-def find_images(names: Iterable[str | Path]) -> Iterator[Path | ImageError]:
+def find_images(names: Iterable[str | Path], recursive: bool = False) -> Iterator[Path | ImageError]:
     """The image files behind files, directories and glob patterns, in that order, each once.
 
     A directory gives what :func:`list_images` finds; a pattern what it matches and has an image's suffix. A name that
-    leads to no image gives an error in its place.
+    leads to no image gives an error in its place. ``recursive``: directories with all that is below them.
     """
     seen = set()
     for name in names:
-        for found in _behind(str(name)):
+        for found in _behind(str(name), recursive):
             if isinstance(found, ImageError):
                 yield found
             elif found not in seen:
@@ -47,11 +48,11 @@ def find_images(names: Iterable[str | Path]) -> Iterator[Path | ImageError]:
                 yield found
 
 
-def _behind(name: str) -> Sequence[Path | ImageError]:
+def _behind(name: str, recursive: bool) -> Sequence[Path | ImageError]:
     path = Path(name)
     try:
         if path.is_dir():
-            return list_images(path)
+            return list_images(path, recursive)
         if path.exists() or path.is_symlink() or not glob.has_magic(name):
             return [path if path.exists() or path.is_symlink() else ImageError(f"{path}: no such file or directory")]
         matched = sorted(Path(match) for match in glob.iglob(name, recursive=True))
@@ -63,8 +64,8 @@ def _behind(name: str) -> Sequence[Path | ImageError]:
         return [ImageError(f"{name}: {getattr(error, 'strerror', None) or error}")]
 
 
-def list_images(directory: str | Path) -> list[Path]:
-    """The image files directly inside `directory`, by suffix, sorted by name.
+def list_images(directory: str | Path, recursive: bool = False) -> list[Path]:
+    """The image files directly inside `directory`, by suffix, sorted by name; or all below it, links not followed.
 
     Raises:
         ImageError: it does not exist, is no directory, cannot be listed, or holds no image.
@@ -75,12 +76,22 @@ def list_images(directory: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise ImageError(f"{folder}: not a directory")
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        inside = _walk(folder) if recursive else folder.iterdir()
+        paths = sorted(path for path in inside if path.suffix.lower() in SUFFIXES)
     except OSError as error:
-        raise ImageError(f"{folder}: {error.strerror}") from None
+        raise ImageError(f"{error.filename or folder}: {error.strerror}") from None
     if not paths:
-        raise ImageError(f"{folder}: no images in this directory (looked for *{', *'.join(SUFFIXES)})")
+        where = "in or below" if recursive else "in"
+        raise ImageError(f"{folder}: no images {where} this directory (looked for *{', *'.join(SUFFIXES)})")
     return paths
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise error  # a folder that cannot be listed is not silently an empty one
+
+    for place, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(place, name) for name in names)
 
 
 def read_rgb(path: Path) -> Image.Image:

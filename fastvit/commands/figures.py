@@ -196,7 +196,12 @@ def _write_csv(target: Path, heading: Sequence[str], rows: Sequence[Sequence[obj
 def _tell(output: Path, name: str, told: Told, json: bool) -> None:
     written = [str(output / file) for file in (*told.written, "index.html")]
     if json:
-        facts = {"model": name, "written": written, "left_out": told.left_out, "failures": told.failures}
+        facts: dict[str, Any] = {
+            "model": name,
+            "written": written,
+            "left_out": told.left_out,
+            "failures": told.failures,
+        }
         facts["compute"] = [dict(zip(figures_page.COLUMNS, figures_page.cells(row), strict=True)) for row in told.rows]
         print(json_module.dumps(facts, indent=2))
         return
