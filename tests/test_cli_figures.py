@@ -16,7 +16,7 @@ from test_cli import run  # noqa: F401  (a fixture)
 from test_cli_attention import GRID, NAME, SIDE, close, drawn, model, softmax  # noqa: F401  (fixtures among them)
 from test_images import photo
 
-from fastvit import compute
+from fastvit import compute, figures as drawing
 
 ROWS = [
     compute.Row("R50x1", "ResNet", 224, 224, 25_549_352, 4_089_184_256),
@@ -39,6 +39,12 @@ def figures(run, model: torch.nn.Module, tmp_path: Path):  # noqa: F811
         return run("figures", place or tmp_path / "vit.safetensors", *arguments, *fixed)
 
     return call
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is drawn, which takes most of a test's time."""
+    monkeypatch.setattr(drawing, "save", lambda figure, path: Path(path).parent.mkdir(exist_ok=True))
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -125,6 +131,7 @@ def test_what_a_model_does_not_have_is_left_out(run, tmp_path: Path, kind: str, 
     assert reason in page and f"{absent}.png" not in page
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_hybrid_is_one(figures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastvit.integrations import embeddings
 
@@ -143,6 +150,7 @@ def test_a_hybrid_is_one(figures, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [row["family"] for row in told["compute"]] == ["ResNet", "hybrid", "ViT"]
 
 
+@pytest.mark.usefixtures("quick")
 def test_an_unusable_image_is_named_and_the_others_are_drawn(figures, drawn, tmp_path: Path) -> None:  # noqa: F811
     for number in range(4):
         photo(100 + number, 90).save(tmp_path / f"{number}.png")
@@ -152,8 +160,12 @@ def test_an_unusable_image_is_named_and_the_others_are_drawn(figures, drawn, tmp
     assert json.loads(out)["failures"] == [f"{tmp_path / '4.png'}: the file is empty"]
     assert err.splitlines()[-1] == "fastvit: figures: 1 of 5 images FAILED, see above"
     assert len(drawn[0][0]) == 4
+    figure = drawing.attention(*drawn[0])
+    shown = [axes for axes in figure.axes if axes.images]
+    assert (len(figure.axes), len(shown)) == (12, 8), "three pairs in a row, and what is left of the second is empty"
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_name_is_a_model_too(figures, tmp_path: Path) -> None:
     photo().save(tmp_path / "one.png")
     code, out, err = figures(tmp_path / "one.png", "-o", tmp_path / "a", "--random-weights", "--json", place=NAME)
@@ -172,7 +184,6 @@ def test_a_name_is_a_model_too(figures, tmp_path: Path) -> None:
         (("-o", "{tmp}/out"), "vit_tiny_patch16", ("unknown model", "vit_tiny_patch16_224", "checkpoint")),
         (("-o", "{tmp}/out", "--checkpoint", "x.npz"), None, ("two checkpoints",)),
         (("-o", "{tmp}/out", "--random-weights"), None, ("exclude each other",)),
-        (("-o", "{tmp}/out", "--crop-pct", "nan"), None, ("crop-pct",)),
     ],
 )
 def test_wrong_requests_fail_in_one_line_and_write_nothing(figures, tmp_path: Path, arguments, place, words) -> None:

@@ -1,13 +1,13 @@
-"""Multiply-adds: the published figures of Vision Transformers and hybrids, closed formulas, and models left as they were."""
+"""Multiply-adds: the published figures of ViTs and hybrids, closed formulas, and models left as they were."""
 
 import pytest
 import torch
-from fastvit.benchmarks import cases
 from models import small_timm, timm
 from torch import nn
 
 import fastvit
 from fastvit import compute, compute_chart
+from fastvit.benchmarks import cases
 from fastvit.config import ViTConfig
 
 OURS = {

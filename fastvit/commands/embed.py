@@ -75,7 +75,7 @@ def embed(
         width = embedded.width()
         manifest = {
             "model": loaded.name,
-            "weights": digest_of_weights(checkpoint) if ranks.rank == 0 else "",
+            "weights sha256": digest_of_weights(checkpoint) if ranks.rank == 0 else "",
             "what": asked_for,
             "pool": pooling,
             "width": width,
@@ -100,7 +100,7 @@ def _begin(sources: Sequence[str], output: Path, manifest: dict[str, Any]) -> li
         if isinstance(found, ImageError):
             raise UsageError(str(found))
         files.append(str(found))
-    pinned = {"images": len(files), "names": digest_of_names(files)}
+    pinned = {"images": len(files), "names sha256": digest_of_names(files)}
     start(output, {**manifest, **pinned})
     return files
 

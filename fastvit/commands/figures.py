@@ -2,6 +2,7 @@
 
 import csv
 import json as json_module
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import figures_page, models
-from .terminal import Json, UsageError, as_usage_errors, benchmarks, checked_name, printable, progress, reason
+from .terminal import Json, UsageError, as_usage_errors, benchmarks, checked_name, printable, progress
 from .views import View, most_filters, read_pictures, shown, weights_of
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 FIGURES = ("rollout", "distance", "positions", "filters", "compute")
 _BESIDE = {"distance": ("csv",), "compute": ("csv", "md")}  # the numbers of a figure, as files
+_OURS = re.compile(r"fastvit(\.\w+)*: ")  # how our own errors begin; any other is a fault, not a reason
 _PAIRS = 3  # of rollouts in a row
 
 
@@ -90,7 +92,9 @@ def figures(
         try:
             drawn = draw()
         except (ValueError, TypeError, RuntimeError) as error:
-            told.left_out[figure] = printable(reason(error).removeprefix("fastvit: "))
+            if not (own := _OURS.match(str(error))):
+                raise
+            told.left_out[figure] = printable(str(error)[own.end() :])
             continue
         drawing.save(drawn, targets[figure])
         told.written += [targets[figure].name, *(f"{figure}.{suffix}" for suffix in _BESIDE.get(figure, ()))]
@@ -129,10 +133,10 @@ def _rollout(loaded: models.Loaded, seen: "Sequence[Tensor]") -> Any:
 
     embedding = embedding_of(loaded.model)
     if embedding is not None and not embedding.class_token:
-        raise ValueError("the model has no class token, whose attention is rolled out")
+        raise ValueError("fastvit.figures: the model has no class token, whose attention is rolled out")
     view = View(rollout=True)
     weights = list(_each(loaded, seen, "attention rollout", lambda x: weights_of(loaded.model, x, view)))
-    return drawing.attention([shown(picture) for picture in seen], weights, "attention", pairs=_PAIRS)
+    return drawing.attention([shown(picture) for picture in seen], weights, "attention", None, _PAIRS)
 
 
 def _distance(loaded: models.Loaded, seen: "Sequence[Tensor]", target: Path) -> Any:
@@ -157,7 +161,8 @@ def _each(
 
     import fastvit
 
-    with progress(len(seen)) as show, torch.no_grad(), fastvit.backend(loaded.backend):
+    refusals = as_usage_errors(fastvit.BackendError, torch.OutOfMemoryError)
+    with refusals, progress(len(seen)) as show, torch.no_grad(), fastvit.backend(loaded.backend):
         for number, picture in enumerate(seen):
             show(number, f"{doing}  {number + 1}/{len(seen)} images", "")
             yield measure(loaded.inputs(loaded.prepare.normalised(picture)[None]))
@@ -196,14 +201,9 @@ def _write_csv(target: Path, heading: Sequence[str], rows: Sequence[Sequence[obj
 def _tell(output: Path, name: str, told: Told, json: bool) -> None:
     written = [str(output / file) for file in (*told.written, "index.html")]
     if json:
-        facts: dict[str, Any] = {
-            "model": name,
-            "written": written,
-            "left_out": told.left_out,
-            "failures": told.failures,
-        }
-        facts["compute"] = [dict(zip(figures_page.COLUMNS, figures_page.cells(row), strict=True)) for row in told.rows]
-        print(json_module.dumps(facts, indent=2))
+        costs = [dict(zip(figures_page.COLUMNS, figures_page.cells(row), strict=True)) for row in told.rows]
+        facts = {"model": name, "written": written, "left_out": told.left_out, "failures": told.failures}
+        print(json_module.dumps({**facts, "compute": costs}, indent=2))
         return
     for path in written:
         print(printable(path))

@@ -125,7 +125,7 @@ class Parts:
         reasons = self.folder / UNREADABLE / f"part-{part:05d}.csv"
         if unreadable:
             with in_one_step(reasons) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-                listed = [(_text(name), _text(why)) for name, why in unreadable]
+                listed = [(_text(name), _text(why.removeprefix(f"{name}: "))) for name, why in unreadable]
                 csv.writer(file, lineterminator="\n").writerows([("path", "reason"), *listed])
         else:
             reasons.unlink(missing_ok=True)  # of a run that was killed before the part was whole
@@ -163,4 +163,4 @@ def _check_same(path: Path, manifest: Mapping[str, Any]) -> None:
     if other:
         name = other[0]
         was, now = (json.dumps(one.get(name)) for one in (found, wanted))
-        raise UsageError(f"{path.parent}: made with another {name}, {was} and not {now}; give another --output")
+        raise UsageError(f"{path.parent}: made with {name} {was}, and now it is {now}; give another --output")
