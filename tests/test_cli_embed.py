@@ -1,4 +1,4 @@
-"""`fastvit embed`: timm's and transformers' features, whole parts or none, and the same rows however often it is killed."""
+"""`fastvit embed`: timm's and transformers' features, whole parts or none, the same rows after being killed."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ from test_cli import run  # noqa: F401  (a fixture)
 from test_images import photo
 
 pyarrow = pytest.importorskip("pyarrow")
-import pyarrow.parquet  # noqa: E402
+pytest.importorskip("pyarrow.parquet")
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME, SIDE, CLASSES = "vit_tiny_patch16_224", 32, 7
@@ -157,10 +157,9 @@ def test_unreadable_images_are_listed_and_a_second_run_knows_them(embed, here: P
         lines = err.splitlines()
         assert lines[-1] == f"fastvit: embed: 2 of 13 images FAILED, see {tmp_path / 'f' / '_unreadable'}"
         assert lines[0] == f"fastvit: {bad[0]}: the file is empty" and len(lines) == 3
-        listed = [
-            line for path in sorted((tmp_path / "f" / "_unreadable").iterdir()) for line in csv.reader(open_(path))
-        ]
-        assert [line for line in listed if line[0] != "path"][0] == [str(bad[0]), "the file is empty"]
+        listed = [line for path in sorted((tmp_path / "f" / "_unreadable").iterdir()) for line in read_csv(path)]
+        assert listed[:2] == [["path", "reason"], [str(bad[0]), "the file is empty"]]
+        assert [line[0] for line in listed if line[0] != "path"] == [str(path) for path in bad]
         assert len(rows(tmp_path / "f")) == 11
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "f").glob("*.parquet")}
         code, out, err = embed(*arguments)
@@ -175,8 +174,8 @@ def test_unreadable_images_are_listed_and_a_second_run_knows_them(embed, here: P
             path.unlink(missing_ok=True)
 
 
-def open_(path: Path) -> list[str]:
-    return path.read_text().splitlines()
+def read_csv(path: Path) -> list[list[str]]:
+    return list(csv.reader(path.read_text().splitlines()))
 
 
 def test_a_part_of_nothing_but_unreadable_images_is_one(run, here: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -207,11 +206,14 @@ def start(*arguments: object, launch: tuple[str, ...] = ()) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_and_run_again(embed, here: Path, tmp_path: Path) -> None:
-    cut = ("--shard", 1, "--batch-size", 1)
-    assert embed("-o", tmp_path / "whole", *cut)[0] == 0
-    folder = tmp_path / "killed"
-    first = start(here / "photos", *options(here), "-o", folder, *cut)
+def test_killed_in_the_middle_and_run_again(run, here: Path, tmp_path: Path) -> None:  # noqa: F811
+    count, folder = 150, tmp_path / "killed"  # many, so that the signal comes before the end
+    (tmp_path / "photos").mkdir()
+    for number in range(count):
+        photo(20 + number, 30).save(tmp_path / "photos" / f"{number:03d}.png")
+    command = (tmp_path / "photos", *options(here), "--shard", 1, "--batch-size", 1)
+    assert run("embed", *command, "-o", tmp_path / "whole")[0] == 0
+    first = start(*command, "-o", folder)
     try:
         while not (folder / "part-00001.parquet").exists():
             assert first.poll() is None, first.communicate()[1]
@@ -221,13 +223,13 @@ def test_killed_in_the_middle_and_run_again(embed, here: Path, tmp_path: Path) -
         first.communicate()
     (folder / ".part-00003.half.parquet").write_bytes(b"PAR1")  # as a run leaves it that is killed while it writes
     kept = {path.name: path.read_bytes() for path in folder.glob("part-*.parquet")}
-    assert 2 <= len(kept) < 11
-    code, out, err = embed("-o", folder, *cut)
+    assert 2 <= len(kept) < count
+    code, out, err = run("embed", *command, "-o", folder)
     assert (code, err) == (0, ""), out
     assert all((folder / name).read_bytes() == content for name, content in kept.items())
     assert not list(folder.glob(".*"))
     whole, resumed = rows(tmp_path / "whole"), rows(folder)
-    assert list(whole) == list(resumed) and len(whole) == 11
+    assert list(whole) == list(resumed) and len(whole) == count
     assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
 
 

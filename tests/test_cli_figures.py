@@ -95,6 +95,8 @@ def test_all_figures_from_timms_numbers(figures, drawn, model: torch.nn.Module, 
 
 def test_the_page_shows_what_is_there(figures, tmp_path: Path) -> None:
     photo(200, 100).save(tmp_path / "one.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "rollout.svg").write_text("of the last time")
     code, out, err = figures(tmp_path / "one.png", "-o", tmp_path / "out", "--format", "svg")
     assert (code, err) == (0, "")
     assert out.splitlines()[0] == str(tmp_path / "out" / "rollout.svg")
@@ -106,7 +108,6 @@ def test_the_page_shows_what_is_there(figures, tmp_path: Path) -> None:
     assert page.count("<img ") == 5
     assert page.count("<tr") == 4 and page.count('<tr class="asked">') == 1
     assert "<script" not in page
-    assert figures(tmp_path / "one.png", "-o", tmp_path / "out")[0] == 0, "a folder may be filled again"
 
 
 @pytest.mark.parity
