@@ -8,8 +8,10 @@ from .figures import blank
 
 # Okabe and Ito's colours, told apart by readers with any colour vision, and a marker each for those who print in grey
 _LOOKS = {"ResNet": ("#595959", "s"), "hybrid": ("#e69f00", "D"), "ViT": ("#0072b2", "o")}
+_TEXT = {"ResNet": "#595959", "hybrid": "#9a6a00", "ViT": "#0072b2"}  # of names: darker where a letter needs it
 _ASKED = "#d55e00"
 _PLACES = ((1, 0), (-1, 0), (0, -1), (0, 1), (1, 1), (-1, 1), (1, -1), (-1, -1))  # of a label around its point
+_ROUNDS = 3  # in which every label chooses among its places, those of the others being what they are
 
 
 def chart(rows: Sequence[Row]) -> Any:
@@ -53,7 +55,7 @@ def _ticks(axis: Any) -> None:
 
 
 def _label(figure: Any, axes: Any, rows: Iterable[Row]) -> None:
-    """Each name beside its point, where it covers no point, no other name and not the legend."""
+    """Each name beside its point, where it covers least of the points, the other names and the legend."""
     from matplotlib.transforms import Bbox
 
     figure.canvas.draw()  # places the axes, so that points have a place in pixels
@@ -61,25 +63,29 @@ def _label(figure: Any, axes: Any, rows: Iterable[Row]) -> None:
     for points in axes.collections:
         for x, y in axes.transData.transform(points.get_offsets()):
             taken.append(Bbox.from_extents(x - 6, y - 6, x + 6, y + 6))
+    names = []
     for row in rows:
-        crowded: list[tuple[int, Any, Any]] = []
-        for right, up in _PLACES:
-            text = axes.annotate(
-                row.name,
-                (row.gmacs, row.parameters / 1e6),
-                xytext=(7 * right, 7 * up),
-                textcoords="offset points",
-                ha=("center", "left", "right")[right],
-                va=("center", "bottom", "top")[up],
-                size=9,
-                color=_LOOKS[row.family][0] if row.family != "hybrid" else "#9a6a00",
-            )
-            box = text.get_window_extent()
-            crowded.append((sum(box.overlaps(other) for other in taken), text, box))
-            if not crowded[-1][0]:
-                break
-        _, best, box = min(crowded, key=lambda place: place[0])
-        for _, text, _ in crowded:
-            if text is not best:
-                text.remove()
-        taken.append(box)
+        point, colour = (row.gmacs, row.parameters / 1e6), _TEXT[row.family]
+        names.append(axes.annotate(row.name, point, (7, 0), textcoords="offset points", size=9, color=colour))
+    boxes = [_put(name, _PLACES[0]) for name in names]
+    for _ in range(_ROUNDS):
+        for number, name in enumerate(names):
+            others = [*taken, *boxes[:number], *boxes[number + 1 :]]
+            best = min(_PLACES, key=lambda place: sum(_shared(_put(name, place), other) for other in others))
+            boxes[number] = _put(name, best)
+
+
+def _put(name: Any, place: tuple[int, int]) -> Any:
+    """Put a name at one of the places around its point; the box that it takes there."""
+    right, up = place
+    name.set_position((7 * right, 7 * up))
+    name.set_horizontalalignment(("center", "left", "right")[right])
+    name.set_verticalalignment(("center", "bottom", "top")[up])
+    return name.get_window_extent()
+
+
+def _shared(a: Any, b: Any) -> float:
+    """The area that two boxes share."""
+    wide = min(a.x1, b.x1) - max(a.x0, b.x0)
+    tall = min(a.y1, b.y1) - max(a.y0, b.y0)
+    return max(wide, 0.0) * max(tall, 0.0)

@@ -132,7 +132,7 @@ def attention(
             corner = (patch[1] * wide - 0.5, patch[0] * tall - 0.5)
             row[0].add_patch(Rectangle(corner, wide, tall, fill=False, edgecolor="red", linewidth=1.5))
     for axes, heading in zip(panels[0], ("input", title) * pairs, strict=True):
-        axes.set_title(heading, size=9)
+        axes.set_title(heading, size=9 if pairs == 1 else 13)  # the wider the figure, the smaller it is shown
     return figure
 
 
