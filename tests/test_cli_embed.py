@@ -207,7 +207,7 @@ def start(*arguments: object, launch: tuple[str, ...] = ()) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_killed_in_the_middle_and_run_again(run, here: Path, tmp_path: Path) -> None:  # noqa: F811
-    count, folder = 150, tmp_path / "killed"  # many, so that the signal comes before the end
+    count, folder = 80, tmp_path / "killed"  # many, so that the signal comes before the end
     (tmp_path / "photos").mkdir()
     for number in range(count):
         photo(20 + number, 30).save(tmp_path / "photos" / f"{number:03d}.png")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json as json_module
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,18 +21,19 @@ from .terminal import Json, UsageError, as_usage_errors, checked_name, printable
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MOST_WORKERS = 16
 FEATURE_DTYPES = ("float32", "float16")
 
 
 def embed(
-    sources: Annotated[list[str], typer.Argument(metavar="SRC...", help="Files, directories (walked), glob patterns.")],
+    sources: Annotated[list[str], typer.Argument(metavar="SRC", help="Files, directories (walked), glob patterns.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="A folder of parquet files.")],
     what: Annotated[str, typer.Option(help="features, before the head, or logits.")] = "features",
     pool: Annotated[str, typer.Option(help="Of features: own, token (class token) or avg (of patches).")] = "own",
     feature_dtype: Annotated[str, typer.Option(help="In the files: float32 or float16.")] = "float32",
     shard: Annotated[int, typer.Option(min=1, help="Images in one file.")] = 10_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 32,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode; 0: this one.")] = 2,
+    workers: Annotated[int | None, typer.Option(min=0, help="To decode with; 0: none.  [default: half the cores]")] = None,
     model: models.ModelName = "",
     checkpoint: models.Checkpoint = None,
     weights_only: models.WeightsOnly = False,
@@ -86,6 +88,8 @@ def embed(
         }
         files = ranks.from_first(lambda: _begin(sources, output, manifest))
         parts = Parts(output, len(files), shard, width, stored)
+        if workers is None:
+            workers = min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // (2 * ranks.world)))
         found = _run(embedded, parts, files, ranks, batch_size, workers)
         images, failed = ranks.sums(*found)
         _tell(output, loaded.name, parts, images, failed, json, ranks)

@@ -37,7 +37,7 @@ class Told:
 
 def figures(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A name, or a checkpoint: a file or a directory.")],
-    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Files, directories, glob patterns.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Files, directories, glob patterns.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder for all figures.")],
     format: Annotated[str, typer.Option(help="Of the figures: png, svg or pdf.")] = "png",
     rollouts: Annotated[int, typer.Option(min=1, help="Images to show; distances are over all of them.")] = 24,
