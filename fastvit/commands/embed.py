@@ -33,7 +33,7 @@ def embed(
     feature_dtype: Annotated[str, typer.Option(help="In the files: float32 or float16.")] = "float32",
     shard: Annotated[int, typer.Option(min=1, help="Images in one file.")] = 10_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 32,
-    workers: Annotated[int | None, typer.Option(min=0, help="To decode with; 0: none.  [default: half the cores]")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="To decode; 0: none.  [default: half the cores]")] = None,
     model: models.ModelName = "",
     checkpoint: models.Checkpoint = None,
     weights_only: models.WeightsOnly = False,
