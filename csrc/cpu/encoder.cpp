@@ -75,7 +75,7 @@ Tensor encoder(const Tensor& x, std::vector<Tensor> parameters, std::vector<doub
     if constexpr (std::is_same_v<T, double>) {
       FASTVIT_CHECK(false, kOp, ": float64 is not supported");
     } else {
-      EncoderArgs<T> args;
+      EncoderArgs args;
       args.blocks = blocks.data();
       args.depth = depth;
       args.batch = batch;
@@ -86,8 +86,8 @@ Tensor encoder(const Tensor& x, std::vector<Tensor> parameters, std::vector<doub
       args.scale = scale;
       args.activation = parsed;
       args.int8 = int8;
-      args.x = static_cast<const T*>(x.const_data_ptr());
-      args.y = data<T>(y);
+      args.x = x.const_data_ptr();
+      args.y = y.mutable_data_ptr();
       if (compute == Compute::bfloat16)
         FASTVIT_SELECT(encode<T, bfloat16>)(args);
       else

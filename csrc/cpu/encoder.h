@@ -23,16 +23,15 @@ struct BlockArgs {
   LinearArgs qkv, proj, fc1, fc2;
 };
 
-// x and y (B, N, D), contiguous. The residual stream between the blocks is float32.
-template <class T>
+// x and y (B, N, D), contiguous, of the type that `encode` is told. The residual stream between the blocks is float32.
 struct EncoderArgs {
   const BlockArgs* blocks = nullptr;
   int64_t depth = 0, batch = 0, tokens = 0, width = 0, heads = 0, hidden = 0;
   double scale = 1;
   Activation activation = Activation::gelu;
   bool int8 = false;  // whether any weight is
-  const T* x = nullptr;
-  T* y = nullptr;
+  const void* x = nullptr;
+  void* y = nullptr;
 };
 
 }  // namespace fastvit

@@ -6,10 +6,19 @@
 #include "cpu/attention_head.h"
 #include "cpu/quantise.h"
 
+// `count` elements of `from`, from the index `first` on, to those of `to` from `there` on.
+template <class From, class To>
+void copy(const void* from, int64_t first, void* to, int64_t there, int64_t count) {
+  const From* source = static_cast<const From*>(from) + first;
+  To* target = static_cast<To*>(to) + there;
+  for (int64_t i = 0; i < count; i += kLanes<float>) store(target + i, load(source + i, count - i), count - i);
+}
+using Copy = decltype(copy<float, float>);
+
 // Whole encoder blocks over a few images, by one thread alone or by all of them. Rows go through a block in groups that
-// fit into a core's cache; only attention needs every row of its image. T is what the tokens are stored as, P what is
-// computed with, but for weights of int8.
-template <class T, class P>
+// fit into a core's cache; only attention needs every row of its image. P is what is computed with, but for weights of
+// int8. What the tokens are stored as is known to `read` and `write` alone: the class is compiled once for all of it.
+template <class P>
 class Encoder {
   using C = compute_t<P>;
   using A = unit_t<C>;
@@ -17,8 +26,10 @@ class Encoder {
   static_assert(sizeof(A) == 4, "int8 products share the memory of the others");
 
  public:
-  Encoder(const EncoderArgs<T>& args, int64_t images, int64_t lanes)
+  Encoder(const EncoderArgs& args, Copy* read, Copy* write, int64_t images, int64_t lanes)
       : g_(args),
+        read_(read),
+        write_(write),
         rows_(images * args.tokens),
         images_(images),
         lanes_(lanes),
@@ -82,7 +93,7 @@ class Encoder {
     worker.each(groups_, [&](int64_t group) {
       const int64_t begin = begin_of(group), end = begin_of(group + 1);
       const Tiles tiles(end - begin);
-      copy(g_.x + first, stream_, begin * g_.width, end * g_.width);
+      read_(g_.x, first + begin * g_.width, stream_, begin * g_.width, (end - begin) * g_.width);
       for (int64_t t = 0; t < tiles.count; t++)
         for (int64_t i = 0; i < tiles.height(t); i++) {
           const Place place = places_[begin + tiles.begin(t) + i] = {begin + tiles.begin(t), i, tiles.height(t)};
@@ -108,7 +119,8 @@ class Encoder {
       }
     }
     worker.each(groups_, [&](int64_t group) {
-      copy(stream_, g_.y + first, begin_of(group) * g_.width, begin_of(group + 1) * g_.width);
+      const int64_t begin = begin_of(group) * g_.width, end = begin_of(group + 1) * g_.width;
+      write_(stream_, begin, g_.y, first + begin, end - begin);
     });
   }
 
@@ -125,10 +137,6 @@ class Encoder {
 
   static int64_t aligned(int64_t bytes) { return (bytes + 127) / 64 * 64; }
   static bool is_int8(const LinearArgs& linear) { return linear.weight.compute == Compute::int8; }
-  template <class From, class To>
-  static void copy(const From* from, To* to, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kLanes<float>) store(to + i, load(from + i, end - i), end - i);
-  }
   int64_t begin_of(int64_t group) const { return rows_ * group / groups_; }
   Tiles tiles_of(int64_t group) const { return Tiles(begin_of(group + 1) - begin_of(group)); }
   // The first row of a group in the buffers that hold one wave.
@@ -324,7 +332,8 @@ class Encoder {
              });
   }
 
-  const EncoderArgs<T>& g_;
+  const EncoderArgs& g_;
+  Copy *read_, *write_;
   int64_t rows_, images_, lanes_, limit_, wave_, groups_, splits_;
   HeadBuffers<P> head_;
   // Of all rows, or, those called hidden, of a wave's.
@@ -343,16 +352,16 @@ class Encoder {
   float* row_ = nullptr;
 };
 
-template <class T, class P>
-void encode(const EncoderArgs<T>& g) {
+template <class P>
+void encode_between(const EncoderArgs& g, Copy* read, Copy* write) {
   const int64_t threads = thread_count(), alone = g.batch / threads * threads, rest = g.batch - alone;
-  const Encoder<T, P> one(g, 1, 1), all(g, rest > 0 ? rest : 1, threads);
+  const Encoder<P> one(g, read, write, 1, 1), all(g, read, write, rest > 0 ? rest : 1, threads);
   const int64_t shared = one.shared_bytes(), lane = one.lane_bytes();
   const int64_t all_shared = rest ? all.shared_bytes() : 0, all_lane = rest ? all.lane_bytes() : 0;
   const Scratch solo(alone ? threads * (shared + lane) : 0), together(all_shared + threads * all_lane);
   for_each_unit(g.batch, all.steps(), [&](Team::Worker& worker, int64_t begin, int64_t end) {
     const bool single = worker.lanes() == 1 && begin < alone;
-    Encoder<T, P> mine = single ? one : all;
+    Encoder<P> mine = single ? one : all;
     if (single) {
       char* const memory = solo.as<char>() + worker.lane() * (shared + lane);
       mine.place(memory, memory + shared);
@@ -361,4 +370,10 @@ void encode(const EncoderArgs<T>& g) {
     }
     mine.run(worker, begin);
   });
+}
+
+// T is what x and y are stored as.
+template <class T, class P>
+void encode(const EncoderArgs& g) {
+  encode_between<P>(g, copy<T, float>, copy<float, T>);
 }
