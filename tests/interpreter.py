@@ -5,6 +5,7 @@ Import order matters: ``install`` must run before any module that defines a kern
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from typing import Any
@@ -27,6 +28,8 @@ def install() -> bool:
         _repair_dot(interpreter)
         _silence(interpreter)
         _patch_once(interpreter)
+        _leave_out_what_is_discarded(interpreter)
+        _remember_types(interpreter)
     return True
 
 
@@ -93,3 +96,53 @@ def _patch_once(interpreter: Any) -> None:
         launch(self, *args, **options)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, call
+
+
+def _leave_out_what_is_discarded(interpreter: Any) -> None:
+    """Each sum and product of integers is computed three times for an assertion that is dropped outside debug mode."""
+    options = interpreter.interpreter_builder.options
+    if not options.debug:
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
+
+def _remember_types(interpreter: Any) -> None:
+    """Types of blocks, what a tensor says of its type, and NumPy's name for it: made once per launch, not per value."""
+    import triton.language as tl
+
+    launch, numpy_type = interpreter.GridExecutor.__call__, interpreter._get_np_dtype
+    block_type, tensor = tl.core.block_type, tl.core.tensor
+    make_type, make_tensor = block_type.__init__, tensor.__init__
+    types: dict[tuple[int, tuple[int, ...]], Any] = {}
+    facts: dict[int, dict[str, Any]] = {}
+    numpy_types: dict[str, Any] = {}
+
+    def new_type(cls: Any, element_ty: Any, shape: Any) -> Any:
+        # The type that is kept keeps the element's type alive, and so its id.
+        key = id(element_ty), tuple(getattr(size, "value", size) for size in shape)
+        if key not in types:
+            made = object.__new__(cls)
+            make_type(made, element_ty, shape)
+            types[key] = made
+        return types[key]
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        known = facts.get(id(type))
+        if known is None:
+            make_tensor(self, handle, type)
+            facts[id(type)] = {name: value for name, value in vars(self).items() if name != "handle"}
+        else:
+            vars(self).update(known, handle=handle)
+
+    def named_once(type: Any) -> Any:
+        scalar = type.scalar
+        if scalar.name not in numpy_types:
+            numpy_types[scalar.name] = numpy_type(scalar)
+        return numpy_types[scalar.name]
+
+    def call(self: Any, *args: Any, **options: Any) -> None:
+        types.clear()
+        facts.clear()
+        launch(self, *args, **options)
+
+    block_type.__new__, block_type.__init__ = staticmethod(new_type), lambda self, element_ty, shape: None
+    tensor.__init__, interpreter._get_np_dtype, interpreter.GridExecutor.__call__ = init_tensor, named_once, call
