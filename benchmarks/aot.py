@@ -182,7 +182,7 @@ def describe(row: Row, compiled: Any) -> None:
 
 PAIRS = [(dtype, chip) for dtype in DTYPES for chip in CHIPS]
 # What is compiled of every case, and what in turn: a kernel has several cases, so that it meets every chip.
-ALWAYS = [("bf16", "sm_90"), ("fp32", "sm_90")]
+ALWAYS = [("bf16", "sm_90")]
 IN_TURN = [pair for pair in PAIRS if pair not in ALWAYS and (pair[0] != "fp16" or pair[1] == "sm_90")]
 
 
@@ -196,7 +196,7 @@ def plan(cases: Sequence[Launch], full: bool) -> Iterator[tuple[Launch, str, str
         elif case.flops is not None:
             pairs = [*ALWAYS, next(turn), next(turn)]
         else:
-            pairs = [ALWAYS[0], next(turn)]
+            pairs = [*ALWAYS, next(turn)]
         yield from ((case, dtype, chip) for dtype, chip in pairs)
 
 
