@@ -6,6 +6,7 @@ Import order matters: ``install`` must run before any module that defines a kern
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import warnings
 from typing import Any
@@ -81,9 +82,22 @@ def _silence(interpreter: Any) -> None:
 
 
 def _patch_once(interpreter: Any) -> None:
-    """Each call of a device function swaps triton.language for NumPy again: once per launch and module will do."""
+    """Each call of a device function swaps triton.language for NumPy again: once per launch and module will do.
+
+    What there is to swap is looked up once for all.
+    """
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     done: set[int] = set()
+    names: dict[Any, list[str]] = {}
+
+    def patch_builtins(namespace: Any, *rest: Any) -> None:
+        is_builtin = interpreter.tl.core.is_builtin
+        if namespace not in names:
+            names[namespace] = [name for name, member in inspect.getmembers(namespace) if is_builtin(member)]
+        for name in names[namespace]:
+            member = getattr(namespace, name)
+            if is_builtin(member):
+                interpreter._patch_attr(namespace, name, member, *rest)
 
     def patch_once(fn: Any) -> Any:
         if id(fn.__globals__) in done:
@@ -95,6 +109,7 @@ def _patch_once(interpreter: Any) -> None:
         done.clear()
         launch(self, *args, **options)
 
+    interpreter._patch_builtin = patch_builtins
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, call
 
 
