@@ -7,6 +7,8 @@ from typing import Any
 POOLINGS = ("token", "avg", "max", "avgmax", "")
 WEIGHT_INITS = ("", "jax", "jax_nlhb", "moco", "skip", "reset", "zero_head")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+BACKBONE_EPS = ("timm", "original")
+MOST_STAGES = 4
 
 Size = int | tuple[int, int]
 
@@ -29,6 +31,11 @@ class ViTConfig:
     original's tanh layer before the head. ``weight_init``: "" (timm), "jax", "jax_nlhb", "moco", "zero_head" (timm's
     with a zero head, the paper's fine-tuning start), "reset", "skip". ``mean`` and ``std``, a number or one for each
     channel, normalise the pixels of a uint8 image after division by 255; a float image is taken as it is.
+
+    ``backbone`` makes a hybrid, whose patches are the positions of a ResNet's feature map: the bottlenecks of each of
+    its stages, (3, 4, 9) for R50 without its last stage, () for the stem alone. ``patch_size`` remains in pixels, a
+    multiple of the feature map's stride, 4 · 2^(stages - 1). ``backbone_eps``: whose epsilons GroupNorm and weight
+    standardisation have, "timm" (1e-5; variance + 1e-8) or "original" (1e-6; standard deviation + 1e-5).
 
     Raises:
         ValueError: an option out of range, or a combination that makes no model.
@@ -69,11 +76,13 @@ class ViTConfig:
     representation_size: int | None = None
     mean: float | tuple[float, ...] = 0.5
     std: float | tuple[float, ...] = 0.5
+    backbone: tuple[int, ...] | None = None
+    backbone_eps: str = "timm"
 
     def __post_init__(self) -> None:
-        height, width = pair(self.img_size, "img_size")
-        p, q = pair(self.patch_size, "patch_size")
-        if height < p or width < q:
+        if self.backbone is not None:
+            self._check_backbone(self.backbone)
+        if min(self.grid_size) < 1:
             raise ValueError(f"fastvit: img_size {self.img_size!r} must hold at least one patch of {self.patch_size!r}")
         for name, least in (("in_chans", 1), ("num_classes", 0), ("embed_dim", 1), ("depth", 0), ("num_heads", 1)):
             self._require(name, isinstance(getattr(self, name), int) and getattr(self, name) >= least, f">= {least}")
@@ -81,7 +90,12 @@ class ViTConfig:
         self._require("num_heads", self.embed_dim % self.num_heads == 0, f"a divisor of embed_dim {self.embed_dim}")
         self._require("mlp_ratio", int(self.embed_dim * self.mlp_ratio) >= 1, "a ratio that leaves a hidden layer")
         self._require("norm_eps", self.norm_eps >= 0, ">= 0")
-        for name, valid in (("global_pool", POOLINGS), ("weight_init", WEIGHT_INITS), ("act_layer", ACTIVATIONS)):
+        for name, valid in (
+            ("global_pool", POOLINGS),
+            ("weight_init", WEIGHT_INITS),
+            ("act_layer", ACTIVATIONS),
+            ("backbone_eps", BACKBONE_EPS),
+        ):
             self._require(name, getattr(self, name) in valid, f"one of {valid}")
         self._require("pos_embed", self.pos_embed in ("learn", "none", ""), "'learn' or 'none'")
         for name in ("mean", "std"):
@@ -93,6 +107,14 @@ class ViTConfig:
             self._require(name, 0.0 <= getattr(self, name) < 1.0, "in [0, 1)")
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("fastvit: global_pool='token' needs class_token=True; use 'avg', 'max', 'avgmax' or ''")
+
+    def _check_backbone(self, layers: Any) -> None:
+        stages = isinstance(layers, (tuple, list)) and len(layers) <= MOST_STAGES
+        expected = f"None or at most {MOST_STAGES} numbers of bottlenecks, such as (3, 4, 9)"
+        self._require("backbone", stages and all(isinstance(n, int) and n >= 1 for n in layers), expected)
+        stride, sides = self.backbone_stride, pair(self.patch_size, "patch_size")
+        expected = f"a multiple of {stride}, the stride of backbone {tuple(layers)}"
+        self._require("patch_size", not any(side % stride for side in sides), expected)
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -108,10 +130,16 @@ class ViTConfig:
         return int(self.class_token) + self.reg_tokens
 
     @property
+    def backbone_stride(self) -> int:
+        """Pixels along a side of one position of the feature map; without a backbone that is the image, so 1."""
+        return 1 if self.backbone is None else 4 * 2 ** max(0, len(self.backbone) - 1)
+
+    @property
     def grid_size(self) -> tuple[int, int]:
-        """Patches along height and width."""
+        """Patches along height and width. A feature map's last row and column may stand for less than a stride."""
         (height, width), (p, q) = pair(self.img_size, "img_size"), pair(self.patch_size, "patch_size")
-        return height // p, width // q
+        stride = self.backbone_stride
+        return -(-height // stride) // (p // stride), -(-width // stride) // (q // stride)
 
     @property
     def hidden_dim(self) -> int:
@@ -139,6 +167,21 @@ PRESETS: dict[str, ViTConfig] = {
     for size, (dim, depth, heads, ratio) in _SIZES.items()
     for patch, sides in _RESOLUTIONS.items()
     for side in sides
+}
+# timm's name without the resolution -> (size, patch, backbone). R50 at stride 16 has the units of its fourth stage in
+# the third (paper, section 4.1); S16 in the name of tiny's is none that it has
+_HYBRIDS: dict[str, tuple[str, int, tuple[int, ...]]] = {
+    "vit_tiny_r_s16_p8": ("tiny", 32, ()),
+    "vit_small_r26_s32": ("small", 32, (2, 2, 2, 2)),
+    "vit_base_r26_s32": ("base", 32, (2, 2, 2, 2)),
+    "vit_base_r50_s16": ("base", 16, (3, 4, 9)),
+    "vit_large_r50_s32": ("large", 32, (3, 4, 6, 3)),
+}
+PRESETS |= {
+    f"{name}_{side}": replace(PRESETS[f"vit_{size}_patch32_{side}"], patch_size=patch, backbone=backbone)
+    for name, (size, patch, backbone) in _HYBRIDS.items()
+    for side in (224, 384)
+    if (name, side) != ("vit_base_r26_s32", 384)  # timm has none
 }
 
 

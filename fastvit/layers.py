@@ -89,6 +89,15 @@ class PatchDropout(nn.Module):
         return torch.cat([prefix, patches.gather(1, kept[..., None].expand(-1, -1, dim))], dim=1)
 
 
+def resize_projection(proj: nn.Conv2d, patch_size: tuple[int, int]) -> None:
+    """Resample a projection of patches for another patch size (FlexiViT, arXiv 2212.08013)."""
+    weight = proj.weight
+    if tuple(weight.shape[2:]) != patch_size:
+        resampled = resample_patch_weight(weight.detach(), patch_size)
+        proj.weight = nn.Parameter(resampled, requires_grad=weight.requires_grad)
+        proj.kernel_size = proj.stride = patch_size
+
+
 class PatchEmbed(nn.Module):
     """Image to tokens: projection, positions and prefix tokens in one op (paper, equation 1).
 
@@ -119,12 +128,9 @@ class PatchEmbed(nn.Module):
 
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Change the image size, or the patch size by resampling the projection (FlexiViT, arXiv 2212.08013)."""
-        if patch_size is not None and pair(patch_size, "patch_size") != self.patch_size:
+        if patch_size is not None:
             self.patch_size = pair(patch_size, "patch_size")
-            proj, weight = self.proj, self.proj.weight
-            resampled = resample_patch_weight(weight.detach(), self.patch_size)
-            proj.weight = nn.Parameter(resampled, requires_grad=weight.requires_grad)
-            proj.kernel_size = proj.stride = self.patch_size
+            resize_projection(self.proj, self.patch_size)
         self.img_size = pair(self.img_size if img_size is None else img_size, "img_size")
         self.grid_size = self.dynamic_feat_size(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]

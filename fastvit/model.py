@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from .config import POOLINGS, PRESETS, Size, ViTConfig, override, preset
 from .fused import fused_blocks
+from .hybrid import HybridEmbed
 from .initialize import initialize
 from .layers import Block, LayerNorm, PatchDropout, PatchEmbed, pool
 from .resample import resample_positions
@@ -42,7 +44,9 @@ class VisionTransformer(nn.Module):
         def table(rows: int) -> nn.Parameter | None:
             return nn.Parameter(torch.zeros(1, rows, c.embed_dim, **dd)) if rows else None
 
-        self.patch_embed = PatchEmbed(
+        self.patch_embed: PatchEmbed | HybridEmbed = (
+            PatchEmbed if c.backbone is None else partial(HybridEmbed, c.backbone, c.backbone_stride, c.backbone_eps)
+        )(
             c.img_size,
             c.patch_size,
             c.in_chans,
@@ -221,8 +225,10 @@ class VisionTransformer(nn.Module):
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Recompute each block, and bottleneck, in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
+        if isinstance(self.patch_embed, HybridEmbed):
+            self.patch_embed.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that optimisers should not decay."""
