@@ -8,7 +8,7 @@ it was). Equal weights, such as those of a deep copy, share one. A copy dies wit
 import operator
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary, ref
@@ -194,6 +194,26 @@ def vector(tensor: Tensor | None) -> Tensor:
     return _copy(tensor, "vector", lambda: tensor.to(torch.float32).contiguous())
 
 
+def derived(tensor: Tensor, kind: str, make: Callable[[], Tensor]) -> Tensor:
+    """What ``make`` computes from this parameter alone: kept on a CPU, and made again when it changes.
+
+    ``kind`` names it among all that are kept of the parameter.
+    """
+    if not _can_keep(tensor):
+        return make()
+
+    def outside_inference_mode() -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return make()
+
+    return _copy(tensor, kind, outside_inference_mode)
+
+
+def _can_keep(tensor: Tensor) -> bool:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not traced and tensor.device.type == "cpu" and hasattr(torch.ops.fastvit_native, "fingerprint")
+
+
 _ABSENT = torch.empty(0)
 
 
@@ -241,9 +261,8 @@ def joined(tensors: Sequence[Tensor | None]) -> Tensor:
     """
     present = [t for t in tensors if t is not None]
     first = present[0]
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in present)
-    if traced or differentiable or first.device.type != "cpu" or not hasattr(torch.ops.fastvit_native, "fingerprint"):
+    if differentiable or not _can_keep(first):
         return _concatenated(tensors, first)
     key = ([*map(id, tensors)], state(present))
     known = _joined.get(first)

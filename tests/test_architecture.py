@@ -46,7 +46,7 @@ ARROWS = {
     "parts": set(),
     "fused": {"ops", "parts", "prepack", "watch"},
     "layers": {"fused", "ops", "parts", *LEAVES},
-    "hybrid": {"layers", "ops", *LEAVES},
+    "hybrid": {"layers", "ops", "prepack", "watch", *LEAVES},
     "model": {"checkpoints", "fused", "hybrid", "layers", "ops", *LEAVES},
     "checkpoints": {"checkpoints", *LEAVES},
     "integrations": {"backends", "fused", "integrations", "layers", "ops", "parts", "settings"},
