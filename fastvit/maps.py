@@ -335,5 +335,4 @@ def image_grid(model: nn.Module, x: Any) -> tuple[Embedding, tuple[int, int]]:
     if not isinstance(image, Tensor) or image.dim() != 4:
         given = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(f"fastvit: x must be images (B, C, height, width), got {given}")
-    (height, width), (p, q) = image.shape[-2:], embedding.patch_size
-    return embedding, (height // p, width // q)
+    return embedding, embedding.patches(*image.shape[-2:])

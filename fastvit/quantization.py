@@ -153,7 +153,8 @@ def _batches(model: Any, calibration: Tensor | Iterable[Tensor] | None) -> Itera
         if embed is None:
             raise ValueError(f"fastvit.quantize: {type(model).__name__} does not say its image size; pass calibration")
         weight = embed.proj.weight
-        noise = torch.randn(_NOISE_IMAGES, weight.shape[1], *embed.img_size, generator=torch.Generator().manual_seed(0))
+        channels = embed.in_chans if hasattr(embed, "backbone") else weight.shape[1]
+        noise = torch.randn(_NOISE_IMAGES, channels, *embed.img_size, generator=torch.Generator().manual_seed(0))
         yield noise.to(weight.dtype)
         return
     found = 0

@@ -1,6 +1,7 @@
 """The model of a command: by name with its checkpoint, or a directory saved by transformers; and how it sees images."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -237,17 +238,29 @@ def _headers(path: Path, weights_only: bool) -> "tuple[Mapping[str, torch.Tensor
 
 
 def _preset_of(tensors: "Mapping[str, torch.Tensor]", path: str) -> str:
-    """The model of that width, depth and patch, if it can be for images of the size of the position table."""
+    """The model of that width, depth, patch and stem, if it can be for images of the size of the position table."""
     from fastvit.config import PRESETS
 
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    fitting = [n for n, c in PRESETS.items() if (c.embed_dim, c.depth, c.patch_size) == (width, depth, patch)]
+    shape, stem = (width, depth), _backbone(tensors)
+    fitting = [
+        n
+        for n, c in PRESETS.items()
+        if ((c.embed_dim, c.depth), c.backbone, c.patch_size) == (shape, stem, patch * c.backbone_stride)
+    ]
     if not fitting:
         raise UsageError(f"{path}: no model is {width} wide and {depth} deep with patches of {patch}; see --model")
     positions = tensors.get("pos_embed")
     rows = {n: math.prod(PRESETS[n].grid_size) + PRESETS[n].prefix_tokens for n in fitting}
     return next((n for n in fitting if positions is not None and rows[n] == positions.shape[1]), fitting[0])
+
+
+def _backbone(tensors: "Mapping[str, torch.Tensor]") -> tuple[int, ...] | None:
+    """The stages of a hybrid's stem, as ViTConfig has them; None where pixels are projected."""
+    stem = [name.split(".")[2:] for name in tensors if name.startswith("patch_embed.backbone.")]
+    blocks = {(int(parts[1]), int(parts[3])) for parts in stem if parts[0] == "stages"}
+    return tuple(Counter(stage for stage, _ in sorted(blocks)).values()) if stem else None
 
 
 def _head(tensors: "Mapping[str, torch.Tensor]") -> dict[str, Any]:

@@ -14,6 +14,7 @@ class Embedding(NamedTuple):
     prefix: how many tokens stand in front of the patches. class_token: the first of them is one.
     positions: (rows of the table, D), those of prefix tokens first; None where there is no table.
     grid: the patches along height and width that the table was made for; None for a square.
+    grid_at: the patches of an image of (height, width), where that is more than a division by patch_size.
     """
 
     weight: Tensor | None
@@ -22,6 +23,13 @@ class Embedding(NamedTuple):
     class_token: bool
     positions: Tensor | None
     grid: tuple[int, int] | None
+    grid_at: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+
+    def patches(self, height: int, width: int) -> tuple[int, int]:
+        """Patches along height and width of an image of this size."""
+        if self.grid_at is not None:
+            return self.grid_at((height, width))
+        return height // self.patch_size[0], width // self.patch_size[1]
 
 
 def embedding_of(model: nn.Module) -> Embedding | None:
@@ -46,6 +54,7 @@ def _timm(model: Any) -> Embedding | None:
         getattr(model, "cls_token", None) is not None,
         _table(getattr(model, "pos_embed", None)),
         getattr(embed, "grid_size", None),
+        embed.dynamic_feat_size if hybrid else None,
     )
 
 
