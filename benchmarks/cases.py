@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import stems
+
 if TYPE_CHECKING:
     from fastvit.config import ViTConfig
 
@@ -161,12 +163,13 @@ def macs(config: ViTConfig) -> int:
     """Multiply-adds of one image's forward pass, the two attention products included.
 
     patches D C P Q + depth (N (3 D^2 + D^2 + 2 D F) + 2 N^2 D) + rows (D R + R K), where rows is 1 after pooling and
-    N without, and R = D without a representation layer (whose D R then is absent).
+    N without, and R = D without a representation layer (whose D R then is absent); before it a hybrid's convolutions.
     """
     D, N, F = config.embed_dim, tokens(config), config.hidden_dim
     block = N * (4 * D**2 + 2 * D * F) + 2 * N**2 * D
     rows = 1 if config.global_pool else N
-    return patches(config) * D * patch_values(config) + config.depth * block + rows * head_weights(config)
+    ends = patches(config) * D * patch_values(config) + rows * head_weights(config)
+    return sum(one.macs for one in stems.convolutions(config)) + config.depth * block + ends
 
 
 def flops(config: ViTConfig, batch: int) -> int:
@@ -178,11 +181,15 @@ def traffic(config: ViTConfig, batch: int, dtype: torch.dtype) -> int:
     """Bytes of a forward pass if every fused op reads its inputs and writes its outputs once, and weights once.
 
     Per block and token: layer_norm 2 D, qkv 4 D, attention 4 D, projection with residual 3 D, norm_mlp's norm 2 D,
-    fc1 D + F, fc2 with residual F + 2 D. Vectors (biases, norms) are too small to count.
+    fc1 D + F, fc2 with residual F + 2 D. Vectors (biases, norms) are too small to count. A hybrid's convolutions read
+    their input and write their output, which a norm reads and writes again.
     """
     D, N, F = config.embed_dim, tokens(config), config.hidden_dim
     weights = D * patch_values(config) + N * D + config.depth * (4 * D**2 + 2 * D * F) + head_weights(config)
     ends = patches(config) * patch_values(config) + 3 * N * D + config.num_classes
+    stem = stems.convolutions(config)
+    weights += sum(one.weights for one in stem)
+    ends += sum(one.read + 3 * one.written for one in stem)
     return dtype.itemsize * (weights + batch * (ends + config.depth * N * (18 * D + 2 * F)))
 
 
@@ -198,9 +205,9 @@ def tokens(config: ViTConfig) -> int:
 
 
 def patch_values(config: ViTConfig) -> int:
-    """C P Q, the numbers in a patch."""
-    P, Q = pair(config.patch_size)
-    return config.in_chans * P * Q
+    """C P Q, the numbers in a patch: of pixels, or of a hybrid's feature map."""
+    (P, Q), stride = pair(config.patch_size), config.backbone_stride
+    return stems.channels(config) * (P // stride) * (Q // stride)
 
 
 def head_weights(config: ViTConfig) -> int:

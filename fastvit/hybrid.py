@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from . import ops, prepack
 from .config import Size, pair
 from .layers import resize_projection
+from .ops._contract import autocasting
 from .watch import observed
 
 GROUPS, STEM_WIDTH, EXPANSION = 32, 64, 4
@@ -118,6 +119,7 @@ class Bottleneck(nn.Module):
         self.norm2 = GroupNormAct(hidden, eps, True, device, dtype)
         self.conv3 = StdConv2d(hidden, outputs, 1, 1, eps, device, dtype)
         self.norm3 = GroupNormAct(outputs, eps, False, device, dtype)
+        nn.init.zeros_(self.norm3.weight)  # each begins as its shortcut, in timm and in the original
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -219,12 +221,11 @@ class HybridEmbed(nn.Module):
 
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Change the image size, or the patch size by resampling the projection (FlexiViT, arXiv 2212.08013)."""
-        if patch_size is not None:
-            sides = pair(patch_size, "patch_size")
-            resize_projection(self.proj, self._kernel(sides))
-            self.patch_size = sides
-        self.img_size = pair(self.img_size if img_size is None else img_size, "img_size")
-        self.grid_size = self.dynamic_feat_size(self.img_size)
+        image = pair(self.img_size if img_size is None else img_size, "img_size")
+        patch = pair(self.patch_size if patch_size is None else patch_size, "patch_size")
+        self.grid_size = self._grid(image, patch)
+        resize_projection(self.proj, self._kernel(patch))
+        self.img_size, self.patch_size = image, patch
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
@@ -233,8 +234,14 @@ class HybridEmbed(nn.Module):
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Patches along height and width of an image of this size."""
-        (height, width), (p, q), stride = img_size, self._kernel(self.patch_size), self.stride
-        return -(-height // stride) // p, -(-width // stride) // q
+        return self._grid(img_size, self.patch_size)
+
+    def _grid(self, img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+        (height, width), (p, q), stride = img_size, self._kernel(patch_size), self.stride
+        rows, columns = -(-height // stride) // p, -(-width // stride) // q
+        if rows < 1 or columns < 1:
+            raise ValueError(f"fastvit: image must hold at least one patch of {patch_size} pixels, got {img_size}")
+        return rows, columns
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each bottleneck in the backward pass instead of keeping its activations."""
@@ -246,7 +253,7 @@ class HybridEmbed(nn.Module):
         weight = self.proj.weight
         self._check(x, weight)
         x = self._normalised(x, weight.dtype) if x.dtype == torch.uint8 else x
-        if weight.element_size() == 2 or torch.is_autocast_enabled(x.device.type):
+        if weight.element_size() == 2 or autocasting(x):
             # where fp32's convolutions do not care, those of 16 bits are 20 % faster on a CPU
             x = x.contiguous(memory_format=torch.channels_last)
         features = self.backbone(x)
@@ -264,9 +271,7 @@ class HybridEmbed(nn.Module):
                 f"fastvit: image size {size} does not match the model's {self.img_size}; "
                 "use dynamic_img_size=True or set_input_size()"
             )
-        if min(self.dynamic_feat_size(size)) < 1:
-            raise ValueError(f"fastvit: image must hold at least one patch of {self.patch_size} pixels, got {size}")
-        if x.dtype not in (weight.dtype, torch.uint8) and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype not in (weight.dtype, torch.uint8) and not autocasting(x):
             raise TypeError(f"fastvit: image must have the model's dtype {weight.dtype} or uint8, got {x.dtype}")
 
     def _normalised(self, x: Tensor, dtype: torch.dtype) -> Tensor:

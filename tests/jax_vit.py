@@ -57,8 +57,8 @@ def weights(grid=4, patch=8, classes=7, representation=None, layers=None, order=
     """Arrays by the names of an original .npz file."""
     rng, (attention, norm, mlp) = numpy.random.default_rng(0), ORDER[order]
     width, heads, hidden, depth = 48, 3, 96, 2
-    channels = 256 * 2 ** (len(layers) - 1) if layers else 3
-    found = stem_weights(rng, layers) if layers else {}
+    channels = 3 if layers is None else 256 * 2 ** (len(layers) - 1) if layers else 64
+    found = {} if layers is None else stem_weights(rng, layers)
     found |= dense(rng, "embedding", patch, patch, channels, width, inputs=3)
     found["cls"] = draw(rng, 1, 1, width, std=0.5)
     found["Transformer/posembed_input/pos_embedding"] = draw(rng, 1, grid * grid + 1, width, std=0.5)
@@ -128,7 +128,7 @@ def logits(arrays, image, layers=None, order="original"):
         return F.layer_norm(x, x.shape[-1:], w[f"{at}/scale"], w[f"{at}/bias"], 1e-6)
 
     x = image.permute(0, 2, 3, 1)
-    if layers:
+    if layers is not None:
         x = resnet(w, x, layers)
     kernel = w["embedding/kernel"]
     x = (conv(x, kernel, kernel.shape[0], same=False) + w["embedding/bias"]).flatten(1, 2)
