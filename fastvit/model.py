@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,12 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from .config import POOLINGS, PRESETS, Size, ViTConfig, override, preset
 from .fused import fused_blocks
-from .hybrid import HybridEmbed
 from .initialize import initialize
 from .layers import Block, LayerNorm, PatchDropout, PatchEmbed, pool
 from .resample import resample_positions
+
+if TYPE_CHECKING:
+    from .hybrid import HybridEmbed
 
 
 class VisionTransformer(nn.Module):
@@ -44,9 +46,7 @@ class VisionTransformer(nn.Module):
         def table(rows: int) -> nn.Parameter | None:
             return nn.Parameter(torch.zeros(1, rows, c.embed_dim, **dd)) if rows else None
 
-        self.patch_embed: PatchEmbed | HybridEmbed = (
-            PatchEmbed if c.backbone is None else partial(HybridEmbed, c.backbone, c.backbone_stride, c.backbone_eps)
-        )(
+        self.patch_embed: PatchEmbed | HybridEmbed = _embedding(c)(
             c.img_size,
             c.patch_size,
             c.in_chans,
@@ -227,7 +227,7 @@ class VisionTransformer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block, and bottleneck, in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
-        if isinstance(self.patch_embed, HybridEmbed):
+        if not isinstance(self.patch_embed, PatchEmbed):
             self.patch_embed.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
@@ -240,6 +240,15 @@ class VisionTransformer(nn.Module):
             "stem": r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
+
+
+def _embedding(config: ViTConfig) -> "type[PatchEmbed] | partial[HybridEmbed]":
+    """What makes tokens of images, without the options that all kinds have."""
+    if config.backbone is None:
+        return PatchEmbed
+    from .hybrid import HybridEmbed  # what no other model needs
+
+    return partial(HybridEmbed, config.backbone, config.backbone_stride, config.backbone_eps)
 
 
 def create_model(
