@@ -307,7 +307,9 @@ def report(model: nn.Module) -> Report:
         if any(name.startswith(f"{parent}.") for parent in fused):
             continue
         kind, like = type(module).__name__, next(module.parameters(), None)
-        used: tuple[str, ...] | None = module.__dict__.get(MARK, _OWN.get(type(module)))
+        used: tuple[str, ...] | None = module.__dict__.get(
+            MARK, _OWN.get(type(module), type(module).__dict__.get(MARK))
+        )
         if has_own_forward(module):
             used = None
         reason = found if isinstance(found, str) else _HOOKED if has_hooks(module) else None

@@ -135,9 +135,13 @@ class PatchEmbed(nn.Module):
         self.grid_size = self.dynamic_feat_size(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
+    def grid_at(self, img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+        """Patches of this size along height and width of an image of that size."""
+        return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
+
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Patches along height and width of an image of this size."""
-        return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
+        return self.grid_at(img_size, self.patch_size)
 
     def forward(self, x: Tensor, pos_embed: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
         if x.dim() == 4 and self.strict_img_size:

@@ -340,6 +340,13 @@ def test_the_command_line_knows_a_hybrid_by_its_tensors():
         assert _preset_of(fastvit.create_model(name, device="meta").state_dict(), "file") == name
 
 
+def test_report_names_what_runs_fused():
+    rows = {row.name: row for row in fastvit.report(pair()[1])}
+    assert list(rows["patch_embed.proj"].ops) == ["patch_embed"]
+    assert not rows["patch_embed.backbone.stem.conv"].ops
+    assert "attention" in rows["blocks.0"].ops
+
+
 def test_modules_describe_themselves():
     assert "relu=False" in repr(GroupNormAct(64, "timm", relu=False))
 
