@@ -7,8 +7,9 @@ metadata only.
 
 import importlib
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,10 +21,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Options at the end of an op's contract that no CPU kernel takes yet: the contract's last arguments, in order.
 _OPTIONS: dict[str, tuple[str, ...]] = {
-    "attention": (
-        *("dropout", "seed", "q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias", "q_eps", "k_eps"),
-        *("cu_seqlens", "max_seqlen"),
-    ),
+    "attention": ("dropout", "seed", "q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias", "q_eps", "k_eps"),
     "linear": ("sample_scale",),
     "layer_norm": ("sample_scale",),
     "norm_mlp": ("sample_scale",),
@@ -153,12 +151,75 @@ class Product(Launcher):
 
 @dataclass(frozen=True)
 class Attention(Launcher):
-    """The launcher of attention, which has a backward of its own."""
+    """The launcher of attention, which has a backward of its own.
+
+    Sequences in one row are read where they lie, neighbours of one length in one call.
+    """
+
+    def why_not(self, *args: Any) -> str | None:
+        return super().why_not(*args[:-2])
+
+    def forward(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        *taken, cu_seqlens, _ = args
+        if cu_seqlens is None:
+            return super().forward(*taken)
+        q = taken[0]
+        _, heads, total, width = q.shape
+        out = q.new_empty(1, total, heads, width)
+        # for the backward alone: (images, H, N) of one run behind those of another
+        lse = q.new_empty(1, heads, total, dtype=torch.promote_types(q.dtype, torch.float32))
+        for run in _runs(cu_seqlens, total):
+            its_out, its_lse = super().forward(*(_rows(t, 2, run) for t in taken[:3]), *taken[3:])
+            _rows(out, 1, run).copy_(its_out)
+            _statistics(lse, run).copy_(its_lse)
+        return out, lse
 
     def backward(self, dout: Any, *args: Any) -> tuple[None, None, None, None]:
-        taken = args[: len(args) - len(_OPTIONS["attention"])]
-        torch.ops.fastvit_native.attention_backward(dout.contiguous(), *taken)
+        *taken, cu_seqlens, _ = args
+        q, k, v, out, lse, dq, dk, dv, *rest = taken[: len(taken) - len(_OPTIONS["attention"])]
+        launch, dout = torch.ops.fastvit_native.attention_backward, dout.contiguous()
+        if cu_seqlens is None:
+            launch(dout, q, k, v, out, lse, dq, dk, dv, *rest)
+            return None, None, None, None
+        for run in _runs(cu_seqlens, q.shape[2]):
+            tensors = (_rows(t, 2, run) for t in (q, k, v))
+            grads = (_rows(t, 2, run) for t in (dq, dk, dv))
+            launch(_rows(dout, 1, run), *tensors, _rows(out, 1, run), _statistics(lse, run), *grads, *rest)
         return None, None, None, None
+
+
+class _Run(NamedTuple):
+    """Neighbouring sequences of one length: their first row, how many they are, and the rows of each."""
+
+    start: int
+    count: int
+    length: int
+
+
+def _runs(cu_seqlens: torch.Tensor, total: int) -> list[_Run]:
+    places = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(places)]
+    if places[:1] != [0] or places[-1] != total or min(lengths, default=0) < 0:
+        raise ValueError(f"fastvit.attention_varlen: cu_seqlens must rise from 0 to {total}, the rows, got {places}")
+    runs, start = [], 0
+    for length, equal in groupby(lengths):
+        count = len([*equal])
+        if length:
+            runs.append(_Run(start, count, length))
+        start += count * length
+    return runs
+
+
+def _rows(tensor: torch.Tensor, dim: int, run: _Run) -> torch.Tensor:
+    """A run's part of a row of tokens (dimension ``dim``, the first being 1) as a batch, a view."""
+    part = tensor.narrow(dim, run.start, run.count * run.length)[0]
+    return part.unflatten(dim - 1, (run.count, run.length)).movedim(dim - 1, 0)
+
+
+def _statistics(lse: torch.Tensor, run: _Run) -> torch.Tensor:
+    heads = lse.shape[1]
+    part = lse.view(-1).narrow(0, heads * run.start, heads * run.count * run.length)
+    return part.view(run.count, heads, run.length)
 
 
 def _heads(qkv: torch.Tensor, shape: torch.Size, num_heads: int) -> tuple[torch.Tensor, ...]:

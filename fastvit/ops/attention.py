@@ -177,13 +177,17 @@ def _learns(mask: Tensor | None) -> bool:
 
 
 def _run_beside(args) -> Tensor:
-    """The same from plain attention: the norms before it, sequences padded to the longest, dropout by the reference."""
+    """The same from plain attention: the norms before it, dropout by the reference, and where no kernel in force takes
+    several sequences, these padded to the longest."""
     q, k, v, mask, causal, scale, dropout, _, qw, qb, kw, kb, q_eps, k_eps, cu_seqlens, max_seqlen = args
     if q_eps is not None:
         q = layer_norm(q.transpose(1, 2), qw, qb, q_eps).transpose(1, 2).to(v.dtype)
     if k_eps is not None:
         k = layer_norm(k.transpose(1, 2), kw, kb, k_eps).transpose(1, 2).to(v.dtype)
     if cu_seqlens is not None:
+        alone = (q, k, v, None, causal, scale, dropout, *PLAIN[1:-2], cu_seqlens, max_seqlen)
+        if backends.serving("attention", *alone) not in (None, "reference"):
+            return _run(alone, None)
         return _run_padded(q, k, v, causal, scale, dropout, cu_seqlens, max_seqlen)
     if dropout > 0.0:
         return reference(q, k, v, mask, causal, scale, dropout=dropout)
@@ -294,8 +298,8 @@ def attention_varlen(
     Args:
         qkv: (total, 3·D), the tokens of all images one after the other, columns as in :func:`attention_packed`.
         cu_seqlens: (images + 1,), int32: image i is rows cu_seqlens[i] to cu_seqlens[i + 1]. Starts with 0, ends with
-            total, never falls; equal neighbours are an image without tokens. The values are not read by the host, so
-            they are not checked.
+            total, never falls; equal neighbours are an image without tokens. On a CPU the kernel checks that; elsewhere
+            the host does not read the values.
         max_seqlen: tokens of the longest image, or more.
         num_heads, q_norm, k_norm, causal, scale, dropout: as in :func:`attention_packed`.
 
