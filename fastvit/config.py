@@ -4,11 +4,23 @@ import difflib
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from .resample import WAYS
+
 POOLINGS = ("token", "avg", "max", "avgmax", "")
 WEIGHT_INITS = ("", "jax", "jax_nlhb", "moco", "skip", "reset", "zero_head")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 BACKBONE_EPS = ("timm", "original")
 MOST_STAGES = 4
+POSITIONS = ("learn", "2d", "relative", "none", "")
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "global_pool": POOLINGS,
+    "weight_init": WEIGHT_INITS,
+    "act_layer": ACTIVATIONS,
+    "pos_embed": POSITIONS,
+    "pos_resize": tuple(WAYS),
+    "backbone_eps": BACKBONE_EPS,
+}
 
 Size = int | tuple[int, int]
 
@@ -31,6 +43,9 @@ class ViTConfig:
     original's tanh layer before the head. ``weight_init``: "" (timm), "jax", "jax_nlhb", "moco", "zero_head" (timm's
     with a zero head, the paper's fine-tuning start), "reset", "skip". ``mean`` and ``std``, a number or one for each
     channel, normalise the pixels of a uint8 image after division by 255; a float image is taken as it is.
+    ``pos_embed`` is a kind of the paper's ablation (appendix D.4): "learn" (1-dimensional), "2d", "relative" or "none".
+    ``pos_resize`` says how positions are interpolated for another grid, as the library of that name does: "timm",
+    "transformers", "torchvision", "dinov2", "npz" or "original" (see :func:`fastvit.load_checkpoint`).
 
     ``backbone`` makes a hybrid, whose patches are the positions of a ResNet's feature map: the bottlenecks of each of
     its stages, (3, 4, 9) for R50 without its last stage, () for the stem alone. ``patch_size`` remains in pixels, a
@@ -56,6 +71,7 @@ class ViTConfig:
     init_values: float | None = None
     class_token: bool = True
     pos_embed: str = "learn"
+    pos_resize: str = "timm"
     no_embed_class: bool = False
     reg_tokens: int = 0
     pre_norm: bool = False
@@ -90,14 +106,11 @@ class ViTConfig:
         self._require("num_heads", self.embed_dim % self.num_heads == 0, f"a divisor of embed_dim {self.embed_dim}")
         self._require("mlp_ratio", int(self.embed_dim * self.mlp_ratio) >= 1, "a ratio that leaves a hidden layer")
         self._require("norm_eps", self.norm_eps >= 0, ">= 0")
-        for name, valid in (
-            ("global_pool", POOLINGS),
-            ("weight_init", WEIGHT_INITS),
-            ("act_layer", ACTIVATIONS),
-            ("backbone_eps", BACKBONE_EPS),
-        ):
+        for name, valid in _CHOICES.items():
             self._require(name, getattr(self, name) in valid, f"one of {valid}")
-        self._require("pos_embed", self.pos_embed in ("learn", "none", ""), "'learn' or 'none'")
+        self._require("embed_dim", self.pos_embed != "2d" or self.embed_dim % 2 == 0, "even for pos_embed='2d'")
+        if self.pos_embed == "relative" and (self.dynamic_img_size or self.patch_drop_rate):
+            raise ValueError("fastvit: pos_embed='relative' goes with neither dynamic_img_size nor patch_drop_rate")
         for name in ("mean", "std"):
             each = self.of_each_channel(getattr(self, name))
             fits = len(each) == self.in_chans and all(isinstance(number, (int, float)) for number in each)

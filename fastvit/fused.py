@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import ops, prepack
 from .ops.encoder import TENSORS, run_encoder
 from .parts import AttentionParts, BlockParts, LinearParts, MlpParts, Norm, one_or_all, parts_of
+from .positions import relative_logits
 from .watch import Watch
 
 # where accelerate leaves the names of the ops that a module's fused forward calls
@@ -105,10 +106,11 @@ def idle(hooks: dict[int, Any]) -> bool:
 
 def normed(x: Tensor, norm: Norm) -> Tensor:
     """LayerNorm over the last dimension, torch's own where a model of fp16 or bf16 keeps its norms in fp32."""
-    return F.layer_norm(x, x.shape[-1:], *norm) if _is_mixed(x, norm) else ops.layer_norm(x, *norm)
+    return F.layer_norm(x, x.shape[-1:], *norm) if is_mixed(x, norm) else ops.layer_norm(x, *norm)
 
 
-def _is_mixed(x: Tensor, norm: Norm | None) -> bool:
+def is_mixed(x: Tensor, norm: Norm | None) -> bool:
+    """Whether a norm in fp32 meets tokens in fp16 or bf16, which no op of ours takes."""
     weight = None if norm is None else norm[0]
     if weight is None or weight.dtype != torch.float32 or x.dtype not in (torch.float16, torch.bfloat16):
         return False
@@ -138,10 +140,21 @@ def attend(
         "scale": parts.scale,
         "dropout": parts.dropout,
     }
-    if rotate is None and not (_is_mixed(qkv, parts.q_norm) or _is_mixed(qkv, parts.k_norm)):
+    if parts.relative_keys is not None:
+        return _attend_relative(parts, qkv, rotate, options)
+    if rotate is None and not (is_mixed(qkv, parts.q_norm) or is_mixed(qkv, parts.k_norm)):
         return ops.attention_packed(qkv, parts.num_heads, q_norm=parts.q_norm, k_norm=parts.k_norm, **options)
     q, k, v = heads(parts, qkv, rotate)
     return ops.attention(q, k, v, **options).transpose(1, 2).flatten(2)
+
+
+def _attend_relative(parts: AttentionParts, qkv: Tensor, rotate: Rotation | None, options: dict[str, Any]) -> Tensor:
+    q, k, v = heads(parts, qkv, rotate)
+    assert parts.relative_keys is not None
+    bias, mask = relative_logits(q, parts.relative_keys, parts.scale), options["mask"]
+    if mask is not None:
+        bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask.to(bias.dtype)
+    return ops.attention(q, k, v, **{**options, "mask": bias}).transpose(1, 2).flatten(2)
 
 
 def heads(parts: AttentionParts, qkv: Tensor, rotate: Rotation | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -269,7 +282,8 @@ def encodable(parts: BlockParts) -> bool:
     attention = parts.attention
     (height, width), proj = attention.qkv_weights[0].shape, attention.proj.weight
     square = height * len(attention.qkv_weights) == 3 * width and proj.shape == (width, width)
-    return square and attention.q_norm is None and attention.k_norm is None
+    plain = attention.q_norm is None and attention.k_norm is None and attention.relative_keys is None
+    return square and plain
 
 
 def _plain(block: Any, parts: BlockParts) -> bool:
@@ -299,7 +313,7 @@ def fused_block(
     h = attend(parts.attention, qkv, attn_mask, is_causal, rotate)
     attention = parts.attention
     x = add_branch(x, h, attention.proj, attention.proj_drop, parts.layer_scale1, parts.drop_path1)
-    return _add_mlp(x, parts)
+    return add_mlp(x, parts)
 
 
 def add_branch(
@@ -315,10 +329,10 @@ def add_branch(
     return ops.linear(h, *linear, layer_scale=gamma, residual=x, drop_path=rate)
 
 
-def _add_mlp(x: Tensor, parts: BlockParts) -> Tensor:
+def add_mlp(x: Tensor, parts: BlockParts) -> Tensor:
     """x + drop_path(γ · mlp(norm(x))), in one op when no dropout is active."""
     mlp, norm, gamma, drop_path = parts.mlp, parts.norm2, parts.layer_scale2, parts.drop_path2
-    if active(mlp.hidden_drop) or active(mlp.drop) or _is_mixed(x, norm):
+    if active(mlp.hidden_drop) or active(mlp.drop) or is_mixed(x, norm):
         hidden = ops.linear(normed(x, norm), *mlp.fc1, activation=mlp.activation)
         return add_branch(x, mlp.hidden_drop(hidden), mlp.fc2, mlp.drop, gamma, drop_path)
     rate = _drop_path_rate(drop_path)

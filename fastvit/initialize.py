@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def _timm(module: nn.Module, name: str, head_bias: float) -> None:
@@ -13,10 +16,17 @@ def _timm(module: nn.Module, name: str, head_bias: float) -> None:
             nn.init.zeros_(module.bias)
 
 
+def zeroed(module: Module) -> Module:
+    """The module, all its parameters zero: how a new head starts (paper, section 3.2)."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
 def _zero_head(module: nn.Module, name: str, head_bias: float) -> None:
     _timm(module, name, head_bias)
     if name == "head" and isinstance(module, nn.Linear):
-        nn.init.zeros_(module.weight)
+        zeroed(module)
 
 
 def _jax(module: nn.Module, name: str, head_bias: float) -> None:
@@ -66,13 +76,13 @@ def initialize(model: nn.Module, scheme: str, num_classes: int) -> None:
     """
     if scheme == "skip":
         return
-    for name in ("pos_embed", "cls_token", "reg_token"):
-        parameter = getattr(model, name, None)
-        if parameter is not None:
-            if name == "pos_embed":
-                nn.init.trunc_normal_(parameter, std=0.02)
-            else:
-                nn.init.normal_(parameter, std=1e-6)
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if name.startswith("pos_embed") or name.endswith("relative_keys"):
+            nn.init.trunc_normal_(parameter, std=0.02)
+    for name in ("cls_token", "reg_token"):
+        if name in parameters:
+            nn.init.normal_(parameters[name], std=1e-6)
     if scheme == "reset":
         return
     head_bias = -math.log(num_classes) if scheme == "jax_nlhb" and num_classes > 0 else 0.0

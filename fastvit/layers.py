@@ -5,6 +5,7 @@ bind them to those. A module whose children carry hooks calls its children inste
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,8 +144,10 @@ class PatchEmbed(nn.Module):
         """Patches along height and width of an image of this size."""
         return self.grid_at(img_size, self.patch_size)
 
-    def forward(self, x: Tensor, pos_embed: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
-        if x.dim() == 4 and self.strict_img_size:
+    def forward(
+        self, x: Tensor, pos_embed: Tensor | None = None, prefix: Tensor | None = None, any_size: bool = False
+    ) -> Tensor:
+        if x.dim() == 4 and self.strict_img_size and not any_size:
             if tuple(x.shape[2:]) != self.img_size:
                 raise ValueError(
                     f"fastvit: image size {tuple(x.shape[2:])} does not match the model's {self.img_size}; "
@@ -156,7 +159,10 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention on a packed qkv projection (paper, appendix A)."""
+    """Multi-head self-attention on a packed qkv projection (paper, appendix A).
+
+    ``relative_tokens``: N, for learned keys of relative positions (see ``fastvit.positions``), 0 for none.
+    """
 
     def __init__(
         self,
@@ -170,6 +176,7 @@ class Attention(nn.Module):
         norm_eps: float = 1e-6,
         device=None,
         dtype=None,
+        relative_tokens: int = 0,
     ) -> None:
         super().__init__()
         self.num_heads, self.head_dim = num_heads, dim // num_heads
@@ -180,9 +187,15 @@ class Attention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.relative_keys: nn.Parameter | None = None
+        if relative_tokens:
+            keys = torch.zeros(2 * relative_tokens - 1, self.head_dim, device=device, dtype=dtype)
+            self.relative_keys = nn.Parameter(keys)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        return self.proj_drop(self.proj(attend(attention_parts(self), self.qkv(x), attn_mask, is_causal)))
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, row: Any = None) -> Tensor:
+        parts, qkv = attention_parts(self), self.qkv(x)
+        heads = attend(parts, qkv, attn_mask, is_causal) if row is None else row.attend(parts, qkv)
+        return self.proj_drop(self.proj(heads))
 
 
 class Mlp(nn.Module):
@@ -234,11 +247,13 @@ class Block(nn.Module):
         norm_eps: float = 1e-6,
         device=None,
         dtype=None,
+        relative_tokens: int = 0,
     ) -> None:
         super().__init__()
         self.norm1 = LayerNorm(dim, norm_eps, device, dtype)
+        rates = (attn_drop, proj_drop)
         self.attn = Attention(
-            dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, norm_eps, device, dtype
+            dim, num_heads, qkv_bias, qk_norm, proj_bias, *rates, norm_eps, device, dtype, relative_tokens
         )
         self.ls1 = LayerScale(dim, init_values, device, dtype) if init_values else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
@@ -247,7 +262,10 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values, device, dtype) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, row: Any = None) -> Tensor:
+        """Tokens (B, N, D) to (B, N, D), or rows (total, D) of several images that ``row`` divides (fastvit.packed)."""
+        if row is not None:
+            return row.block(self, x)
         if has_hooks(self):
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

@@ -18,6 +18,7 @@ from . import layers
 from .integrations import ADAPTERS, Attended, BlockCall, Options, Plan, loaded
 from .integrations.embeddings import Embedding, embedding_of
 from .parts import AttentionParts, Norm, parts_of
+from .positions import relative_logits
 from .prepack import Released
 
 Queries = Literal["cls", "all"] | int | Sequence[int] | Sequence[tuple[int, int]]
@@ -214,6 +215,8 @@ def _softmax_rows(
     number = q.shape[1]
     chosen = slice(None) if heads is None or heads == "mean" else _indices("heads", heads, number)
     scores = q[:, chosen] @ k[:, chosen].mT * attention.scale
+    if attention.relative_keys is not None:
+        scores = scores + relative_logits(q, attention.relative_keys, attention.scale, rows)[:, chosen]
     if call.mask is not None:
         scores = _masked(scores, call.mask, rows, chosen)
     if call.causal:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from .config import POOLINGS, PRESETS, Size, ViTConfig, override, preset
+from .config import POOLINGS, PRESETS, Size, ViTConfig, override, pair, preset
 from .fused import fused_blocks
-from .initialize import initialize
+from .initialize import initialize, zeroed
 from .layers import Block, LayerNorm, PatchDropout, PatchEmbed, pool
-from .resample import resample_positions
+from .packed import packed_features, packed_pool, unpacked
+from .positions import TABLES, added_positions, check_resize, position_tables, resized_tables
 
 if TYPE_CHECKING:
     from .hybrid import HybridEmbed
@@ -58,8 +59,9 @@ class VisionTransformer(nn.Module):
             **dd,
         )
         self.cls_token, self.reg_token = table(int(c.class_token)), table(c.reg_tokens)
-        positions = self.patch_embed.num_patches + (0 if c.no_embed_class else c.prefix_tokens)
-        self.pos_embed = table(positions if c.pos_embed == "learn" else 0)
+        for name, parameter in position_tables(c, self.patch_embed.grid_size, **dd).items():
+            setattr(self, name, parameter)
+        tokens = self.patch_embed.num_patches + c.prefix_tokens
         self.pos_drop = nn.Dropout(c.pos_drop_rate)
         self.patch_drop = PatchDropout(c.patch_drop_rate, c.prefix_tokens) if c.patch_drop_rate else nn.Identity()
         self.norm_pre = norm(c.pre_norm)
@@ -78,6 +80,7 @@ class VisionTransformer(nn.Module):
                     drop_path=c.drop_path_rate * i / max(1, c.depth - 1),
                     act_layer=c.act_layer,
                     norm_eps=c.norm_eps,
+                    relative_tokens=tokens if c.pos_embed == "relative" else 0,
                     **dd,
                 )
                 for i in range(c.depth)
@@ -107,22 +110,26 @@ class VisionTransformer(nn.Module):
                     for weight in (block.get_parameter("attn.proj.weight"), block.get_parameter("mlp.fc2.weight")):
                         weight.div_((2.0 * (i + 1)) ** 0.5)
 
-    def _embed(self, x: Tensor) -> Tensor:
+    def _embed(self, x: Tensor, any_size: bool = False) -> Tensor:
         """Tokens with positions, in the order of timm: prefix, positions, dropout, patch dropout, norm_pre."""
         prefix: list[Tensor] = [t for t in (self.cls_token, self.reg_token) if t is not None]
-        positions: Tensor | None = self.pos_embed
-        patch_embed = self.patch_embed
-        if positions is not None and self.config.dynamic_img_size:
+        patch_embed, c = self.patch_embed, self.config
+        home = grid = patch_embed.grid_size
+        if any_size or c.dynamic_img_size:
             grid = patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-            embedded_prefix = 0 if self.config.no_embed_class else self.num_prefix_tokens
-            positions = resample_positions(positions, grid, patch_embed.grid_size, embedded_prefix)
-        x = patch_embed(x, positions, torch.cat(prefix, 1) if prefix else None)
+        positions = added_positions(c, self._position_tables(), grid, home, c.pos_resize)
+        x = patch_embed(
+            x, positions, torch.cat(prefix, 1) if prefix else None, **({"any_size": True} if any_size else {})
+        )
         return self.norm_pre(self.patch_drop(self.pos_drop(x)))
 
-    def _block(self, block: nn.Module, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    def _position_tables(self) -> dict[str, Tensor | None]:
+        return {name: getattr(self, name) for name in TABLES}
+
+    def _block(self, block: nn.Module, x: Tensor, *args: Any) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return recompute(block, x, attn_mask, is_causal, use_reentrant=False)
-        return block(x, attn_mask, is_causal)
+            return recompute(block, x, *args, use_reentrant=False)
+        return block(x, *args)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens (B, prefix + N, D) after the last block and ``norm``."""
@@ -136,8 +143,32 @@ class VisionTransformer(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooled features, and logits (B, num_classes) unless ``pre_logits``."""
         x = pool(x, self.global_pool, self.num_prefix_tokens, self.config.pool_include_prefix)
+        return self._classify(x, pre_logits)
+
+    def _classify(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(self.pre_logits(self.fc_norm(x)))
         return x if pre_logits else self.head(x)
+
+    def forward_packed(self, images: Sequence[Tensor], pre_logits: bool = False) -> Tensor:
+        """Logits (len(images), num_classes) of images of different sizes, in one pass without padding.
+
+        What each image gives alone, positions resized to its own grid (``pos_resize``, paper, section 3.2); whatever
+        ``dynamic_img_size`` says. Many images of one size cost what a batch of them does.
+
+        Args:
+            images: (C, height, width) each, uint8 or of the model's dtype; what is left of whole patches at the right
+                and lower edge is cut off.
+            pre_logits: the pooled features (len(images), D) instead.
+
+        Raises:
+            ValueError: no images, one smaller than a patch or with other channels, global_pool=''; relative positions
+                and an image of another grid. TypeError: no tensors.
+        """
+        return self._classify(packed_pool(self, packed_features(self, images)), pre_logits)
+
+    def forward_packed_features(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Tokens (prefix + N_i, D) of each image after the last block and ``norm``; see :meth:`forward_packed`."""
+        return unpacked(packed_features(self, images))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         return self.forward_head(self.forward_features(x, attn_mask, is_causal))
@@ -202,27 +233,48 @@ class VisionTransformer(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for K classes (0 = none), and another pooling if given; the final norm stays where it is."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, *, zero_init: bool = False) -> None:
+        """A new head for K classes (0 = none), and another pooling if given; the final norm stays where it is.
+
+        ``zero_init``: the paper's start of fine-tuning (section 3.2). The whole pre-trained head goes, ``pre_logits``
+        included, for a D x K layer of zeros: every logit is 0 and the loss ln K at first.
+        """
         if global_pool is not None:
             if global_pool not in POOLINGS or (global_pool == "token" and self.cls_token is None):
                 raise ValueError(f"fastvit: global_pool {global_pool!r} does not fit this model; valid: {POOLINGS}")
             self.global_pool = global_pool
+        if zero_init:
+            self.pre_logits = nn.Identity()
+            self.num_features = self.head_hidden_size = self.embed_dim
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes:
             like = self.patch_embed.proj.weight
             head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-            self.head = head.train(self.training)
+            self.head = zeroed(head.train(self.training)) if zero_init else head.train(self.training)
 
-    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
-        """Change image or patch size; positions are interpolated in 2-D, the projection is resampled."""
-        before = self.patch_embed.grid_size
-        self.patch_embed.set_input_size(img_size, patch_size)
-        if self.pos_embed is not None and self.patch_embed.grid_size != before:
-            prefix = 0 if self.config.no_embed_class else self.num_prefix_tokens
-            resized = resample_positions(self.pos_embed.detach(), self.patch_embed.grid_size, before, prefix)
-            self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
+    def set_input_size(
+        self, img_size: Size | None = None, patch_size: Size | None = None, pos_resize: str | None = None
+    ) -> None:
+        """Change image or patch size, of any aspect ratio; positions are interpolated, the projection is resampled.
+
+        Args:
+            pos_resize: how, "timm", "original", ... as in :class:`fastvit.ViTConfig`, whose own is the default.
+
+        Raises:
+            ValueError: a size that holds no patch, no such way, or relative positions and another grid.
+        """
+        embed, way = self.patch_embed, pos_resize or self.config.pos_resize
+        before = embed.grid_size
+        (height, width) = pair(embed.img_size if img_size is None else img_size, "img_size")
+        p, q = pair(embed.patch_size if patch_size is None else patch_size, "patch_size")
+        check_resize(self.config, before, (height // p, width // q), way)
+        embed.set_input_size(img_size, patch_size)
+        if embed.grid_size == before:
+            return
+        for name, table in resized_tables(self.config, self._position_tables(), embed.grid_size, before, way).items():
+            if table is not None:
+                setattr(self, name, nn.Parameter(table.detach(), requires_grad=getattr(self, name).requires_grad))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block, and bottleneck, in the backward pass instead of keeping its activations."""
@@ -232,7 +284,8 @@ class VisionTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that optimisers should not decay."""
-        return {"pos_embed", "cls_token", "reg_token"}
+        more = {n for n, _ in self.named_parameters() if n.startswith("pos_embed_") or n.endswith("relative_keys")}
+        return {"pos_embed", "cls_token", "reg_token"} | more
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into stem and blocks, for layer-wise learning rates."""
@@ -265,7 +318,8 @@ def create_model(
     Args:
         name: one of :func:`list_models`.
         checkpoint: a file or directory for :func:`fastvit.load_checkpoint`, which has the options that files may need.
-            If ``num_classes`` is given and the file has a head for another number, the model's stays as initialised.
+            If ``num_classes`` is given and the file has a head for another number, the model's stays as initialised;
+            with ``weight_init="zero_head"`` it is zero in any case (paper, section 3.2), and the file's is left out.
         weights_only: True reads a ``.pt``, ``.pth`` or ``.bin``, too.
         options: any option of :class:`fastvit.ViTConfig`.
 
@@ -278,7 +332,11 @@ def create_model(
         return model
     from .checkpoints import load_checkpoint  # what no other model needs
 
-    return load_checkpoint(model, checkpoint, weights_only=weights_only, drop_head="num_classes" in options)
+    zero_head = model.config.weight_init == "zero_head"
+    load_checkpoint(model, checkpoint, weights_only=weights_only, drop_head=zero_head or "num_classes" in options)
+    if zero_head and model.num_classes:
+        zeroed(model.head)
+    return model
 
 
 def list_models() -> list[str]:

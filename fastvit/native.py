@@ -189,10 +189,10 @@ class Attention(Launcher):
 
 
 class _Run(NamedTuple):
-    """Neighbouring sequences of one length: their first row, how many they are, and the rows of each."""
+    """Neighbouring sequences of one length: the first one's first row, how many they are, and the rows of each."""
 
     start: int
-    count: int
+    images: int
     length: int
 
 
@@ -203,23 +203,23 @@ def _runs(cu_seqlens: torch.Tensor, total: int) -> list[_Run]:
         raise ValueError(f"fastvit.attention_varlen: cu_seqlens must rise from 0 to {total}, the rows, got {places}")
     runs, start = [], 0
     for length, equal in groupby(lengths):
-        count = len([*equal])
+        images = len([*equal])
         if length:
-            runs.append(_Run(start, count, length))
-        start += count * length
+            runs.append(_Run(start, images, length))
+        start += images * length
     return runs
 
 
 def _rows(tensor: torch.Tensor, dim: int, run: _Run) -> torch.Tensor:
     """A run's part of a row of tokens (dimension ``dim``, the first being 1) as a batch, a view."""
-    part = tensor.narrow(dim, run.start, run.count * run.length)[0]
-    return part.unflatten(dim - 1, (run.count, run.length)).movedim(dim - 1, 0)
+    part = tensor.narrow(dim, run.start, run.images * run.length)[0]
+    return part.unflatten(dim - 1, (run.images, run.length)).movedim(dim - 1, 0)
 
 
 def _statistics(lse: torch.Tensor, run: _Run) -> torch.Tensor:
     heads = lse.shape[1]
-    part = lse.view(-1).narrow(0, heads * run.start, heads * run.count * run.length)
-    return part.view(run.count, heads, run.length)
+    part = lse.view(-1).narrow(0, heads * run.start, heads * run.images * run.length)
+    return part.view(run.images, heads, run.length)
 
 
 def _heads(qkv: torch.Tensor, shape: torch.Size, num_heads: int) -> tuple[torch.Tensor, ...]:

@@ -32,6 +32,7 @@ class AttentionParts(NamedTuple):
     qkv_weights: one (3·H·E, D), or those of queries, keys and values (H·E, D); qkv_biases: as many, or None among them.
     q_norm, k_norm: LayerNorm over E of each head's queries and keys, or None.
     dropout: the rate at which the softmax's rows are dropped now.
+    relative_keys: (2·N - 1, E), the keys of distances (see ``fastvit.positions``), or None.
     """
 
     qkv_weights: tuple[Tensor, ...]
@@ -43,6 +44,7 @@ class AttentionParts(NamedTuple):
     dropout: float
     proj: LinearParts
     proj_drop: nn.Module
+    relative_keys: Tensor | None = None
 
 
 class MlpParts(NamedTuple):
@@ -139,6 +141,7 @@ def attention_parts(attn: Any) -> AttentionParts:
         attn.attn_drop.p if attn.training else 0.0,
         linear_parts(attn.proj),
         attn.proj_drop,
+        getattr(attn, "relative_keys", None),
     )
 
 

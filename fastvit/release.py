@@ -19,7 +19,7 @@ def _why_not(block: Any) -> str | None:
     if len(parts.attention.qkv_weights) != 1:
         return "it keeps queries, keys and values in weights of their own, which the kernel reads as one"
     if not encodable(parts):
-        return "it normalises queries and keys, or its heads are wider than the model"
+        return "it normalises queries and keys, has relative positions, or its heads are wider than the model"
     if has_hooks(block):
         return "a module inside it carries a hook, which the kernel would skip"
     (weight,) = parts.attention.qkv_weights

@@ -6,6 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# how each library interpolates; "npz" is timm's choice for the original's files, "original" SciPy's zoom of order 1,
+# which google-research/vision_transformer calls
+WAYS: dict[str, dict] = {
+    "timm": {"interpolation": "bicubic", "antialias": True},
+    "transformers": {"interpolation": "bicubic", "antialias": False, "align_corners": False},
+    "torchvision": {"interpolation": "bicubic", "antialias": False, "align_corners": True},
+    "dinov2": {"interpolation": "bicubic", "antialias": False, "offset": 0.1},
+    "npz": {"interpolation": "bilinear", "antialias": False},
+    "original": {"interpolation": "bilinear", "antialias": False, "align_corners": True},
+}
+
 
 def resample_positions(
     table: Tensor,

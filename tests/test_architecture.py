@@ -36,6 +36,8 @@ LEAVES = {
 }  # import nothing of the package, and anyone may import them
 ARROWS = {
     **{leaf: set() for leaf in LEAVES},
+    "config": {"resample"},
+    "positions": {"config", "resample"},
     "backends": {"settings", "tracing"},
     "prepack": set(),
     "native": {"prepack", "settings", "tracing"},
@@ -44,10 +46,11 @@ ARROWS = {
     "ops": {"ops", "backends"},
     "watch": set(),
     "parts": set(),
-    "fused": {"ops", "parts", "prepack", "watch"},
+    "fused": {"ops", "parts", "positions", "prepack", "watch"},
     "layers": {"fused", "ops", "parts", *LEAVES},
     "hybrid": {"layers", "ops", "prepack", "watch", *LEAVES},
-    "model": {"checkpoints", "fused", "hybrid", "layers", "ops", *LEAVES},
+    "packed": {"fused", "layers", "ops", "parts"},
+    "model": {"checkpoints", "fused", "hybrid", "layers", "ops", "packed", "positions", *LEAVES},
     "checkpoints": {"checkpoints", *LEAVES},
     "integrations": {"backends", "fused", "integrations", "layers", "ops", "parts", "settings"},
     "release": {"fused", "backends", "parts", "prepack"},
@@ -64,7 +67,7 @@ ARROWS = {
         "watch",
     },
     "quantization": {"release", "fused", "backends", "parts", "prepack"},
-    "maps": {"integrations", "layers", "parts", "prepack"},
+    "maps": {"integrations", "layers", "parts", "positions", "prepack"},
     "analysis": {"maps", "integrations"},
     "": {
         "analysis",

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from ..resample import WAYS
 from .convert import SOURCES, recognise, translate, unwrapped
 from .error import CheckpointError, shape_of, shortened
 from .files import open_checkpoint
 from .layout import Translated, from_timm, to_timm
-from .positions import WAYS, fit_positions
+from .positions import fit_positions
 
 Model = TypeVar("Model", bound=nn.Module)
 HEADS = ("head.", "head_dist.", "pre_logits.")

@@ -4,19 +4,10 @@ import math
 
 from torch import Tensor
 
-from ..resample import resample_positions
+from ..resample import WAYS, resample_positions
 from .error import CheckpointError
 from .layout import Translated, added, joined
 
-# how each library interpolates; "original" is SciPy's zoom of order 1, which google-research/vision_transformer calls
-WAYS: dict[str, dict] = {
-    "timm": {"interpolation": "bicubic", "antialias": True},
-    "transformers": {"interpolation": "bicubic", "antialias": False, "align_corners": False},
-    "torchvision": {"interpolation": "bicubic", "antialias": False, "align_corners": True},
-    "dinov2": {"interpolation": "bicubic", "antialias": False, "offset": 0.1},
-    "npz": {"interpolation": "bilinear", "antialias": False},
-    "original": {"interpolation": "bilinear", "antialias": False, "align_corners": True},
-}
 PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 
 
