@@ -172,11 +172,16 @@ def fused_mlp(parts: MlpParts, x: Tensor) -> Tensor:
 
 def fused_blocks(blocks: Any, x: Tensor) -> Tensor:
     """A sequence of blocks in one op where a backend has one for them all, else block by block."""
-    y = _run_encoder(blocks, list(blocks), x)
+    y = encoded(blocks, x)
     if y is None:
         for block in blocks:
             x = block(x)
     return x if y is None else y
+
+
+def encoded(blocks: Any, x: Tensor) -> Tensor | None:
+    """What a sequence of blocks computes, by one op, or None where no backend has one for them all."""
+    return _run_encoder(blocks, list(blocks), x)
 
 
 class _Arguments(NamedTuple):

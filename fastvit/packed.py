@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .fused import active, add_branch, add_mlp, fused_blocks, has_hooks, heads, is_mixed, normed, projected
+from .fused import active, add_branch, add_mlp, encoded, fused_blocks, has_hooks, heads, is_mixed, normed, projected
 from .layers import PatchEmbed, pool
 from .parts import AttentionParts, parts_of
+
+# the encoder's kernel reads all weights in each call: below this many tokens that costs more than it saves
+ROWS_OF_A_CALL = 96
 
 
 class Batch(NamedTuple):
@@ -100,13 +103,29 @@ def packed_features(model: Any, images: Sequence[Tensor]) -> list[Batch]:
     if len({tokens for _, tokens, _ in shapes}) == 1:
         x = batches[0].tokens if len(batches) == 1 else torch.cat([batch.tokens for batch in batches])
         x = _through(model, x)
-        parts = x.split([n for n, _, _ in shapes])
+        parts = list(x.split([n for n, _, _ in shapes]))
+    elif (alone := _each_encoded(model, batches)) is not None:
+        parts = alone
     else:
         x = torch.cat([batch.tokens.flatten(0, 1) for batch in batches])
         lengths = [tokens for n, tokens, _ in shapes for _ in range(n)]
         x = _through(model, x, Row(lengths, [place for batch in batches for place in batch.places], x.device))
-        parts = x.split([n * tokens for n, tokens, _ in shapes])
+        parts = list(x.split([n * tokens for n, tokens, _ in shapes]))
     return [Batch(b.places, part.view(shape)) for b, part, shape in zip(batches, parts, shapes, strict=True)]
+
+
+def _each_encoded(model: Any, batches: list[Batch]) -> list[Tensor] | None:
+    """The batches one after the other where one kernel runs all blocks at inference and each has rows enough for it."""
+    rows = sum(batch.tokens.shape[0] * batch.tokens.shape[1] for batch in batches)
+    if torch.is_grad_enabled() or rows < ROWS_OF_A_CALL * len(batches):
+        return None
+    found = []
+    for batch in batches:
+        y = encoded(model.blocks, batch.tokens)
+        if y is None:
+            return None
+        found.append(model.norm(y))
+    return found
 
 
 def packed_pool(model: Any, batches: list[Batch]) -> Tensor:

@@ -10,7 +10,7 @@ from test_model import pair
 from tolerances import assert_close
 
 import fastvit
-from fastvit import native
+from fastvit import native, packed
 
 SIZES = [(32, 32), (8, 40), (21, 50), (32, 32), (16, 64), (64, 16), (47, 9)]
 # With these and an odd number of prefix tokens every image has an even number of them: of bfloat16 rows of odd length
@@ -42,7 +42,7 @@ def one_by_one(model, images, dtype):
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_packed_images_are_the_images_one_by_one(options, dtype, training):
+def test_packed_images_are_the_images_one_by_one(options, dtype, training, monkeypatch):
     if dtype == torch.bfloat16:
         if options.get("class_token") is False:
             options = {**options, "reg_tokens": 1}
@@ -68,6 +68,8 @@ def test_packed_images_are_the_images_one_by_one(options, dtype, training):
         assert_close("logits without gradients", ours.forward_packed(images), *found)
         with fastvit.backend("reference"):
             assert_close("logits of the reference", ours.forward_packed(images), *found)
+        monkeypatch.setattr(packed, "ROWS_OF_A_CALL", 1)
+        assert_close("logits by the encoder's kernel", ours.forward_packed(images), *found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
