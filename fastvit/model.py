@@ -118,9 +118,7 @@ class VisionTransformer(nn.Module):
         if any_size or c.dynamic_img_size:
             grid = patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         positions = added_positions(c, self._position_tables(), grid, home, c.pos_resize)
-        x = patch_embed(
-            x, positions, torch.cat(prefix, 1) if prefix else None, **({"any_size": True} if any_size else {})
-        )
+        x = patch_embed(x, positions, torch.cat(prefix, 1) if prefix else None, any_size=any_size)
         return self.norm_pre(self.patch_drop(self.pos_drop(x)))
 
     def _position_tables(self) -> dict[str, Tensor | None]:
@@ -266,9 +264,9 @@ class VisionTransformer(nn.Module):
         """
         embed, way = self.patch_embed, pos_resize or self.config.pos_resize
         before = embed.grid_size
-        (height, width) = pair(embed.img_size if img_size is None else img_size, "img_size")
-        p, q = pair(embed.patch_size if patch_size is None else patch_size, "patch_size")
-        check_resize(self.config, before, (height // p, width // q), way)
+        size = pair(embed.img_size if img_size is None else img_size, "img_size")
+        patch = pair(embed.patch_size if patch_size is None else patch_size, "patch_size")
+        check_resize(self.config, before, embed.grid_at(size, patch), way)
         embed.set_input_size(img_size, patch_size)
         if embed.grid_size == before:
             return

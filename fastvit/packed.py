@@ -158,13 +158,14 @@ def _through(model: Any, x: Tensor, row: Row | None = None) -> Tensor:
 
 
 def _sorted(model: Any, images: Sequence[Tensor]) -> list[tuple[list[int], list[Tensor]]]:
-    """Images of one size and dtype together, cut to whole patches, those of few tokens first."""
-    if not isinstance(model.patch_embed, PatchEmbed):
-        raise TypeError(f"fastvit.forward_packed: no packed form of {type(model.patch_embed).__name__}")
+    """Images of one size and dtype together, those of few tokens first; cut to whole patches where these are pixels."""
+    embed, channels = model.patch_embed, model.config.in_chans
+    if not hasattr(embed, "grid_at"):
+        raise TypeError(f"fastvit.forward_packed: no packed form of {type(embed).__name__}")
     if len(images) == 0:
         raise ValueError("fastvit.forward_packed: images must hold at least one image, got none")
     found: dict[tuple[Any, ...], tuple[list[int], list[Tensor]]] = {}
-    (p, q), channels = model.patch_embed.patch_size, model.config.in_chans
+    p, q = embed.patch_size
     for i, image in enumerate(images):
         if not isinstance(image, Tensor):
             raise TypeError(f"fastvit.forward_packed: images[{i}] must be a Tensor, got {type(image).__name__}")
@@ -172,14 +173,15 @@ def _sorted(model: Any, images: Sequence[Tensor]) -> list[tuple[list[int], list[
             raise ValueError(
                 f"fastvit.forward_packed: images[{i}] must be ({channels}, height, width), got {tuple(image.shape)}"
             )
-        rows, columns = image.shape[1] // p, image.shape[2] // q
-        if not rows * columns:
+        height, width = image.shape[1:]
+        if height < p or width < q:
             raise ValueError(
-                f"fastvit.forward_packed: images[{i}] is {image.shape[1]} x {image.shape[2]} pixels, smaller than a "
-                f"patch of {p} x {q}"
+                f"fastvit.forward_packed: images[{i}] is {height} x {width} pixels, smaller than a patch of {p} x {q}"
             )
-        key = (rows * columns, rows, str(image.dtype))
-        places, batch = found.setdefault(key, ([], []))
+        rows, columns = embed.grid_at((height, width), (p, q))
+        if isinstance(embed, PatchEmbed):
+            height, width = rows * p, columns * q
+        places, batch = found.setdefault((rows * columns, height, width, str(image.dtype)), ([], []))
         places.append(i)
-        batch.append(image[:, : rows * p, : columns * q])
+        batch.append(image[:, :height, :width])
     return [found[key] for key in sorted(found)]

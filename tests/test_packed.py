@@ -244,3 +244,15 @@ def test_errors():
     assert torch.allclose(relative.forward_packed([image]), relative(image[None]), atol=1e-6)
     with pytest.raises(ValueError, match="relative positions are distances in a sequence of 4 x 4 patches"):
         relative.forward_packed([image, torch.randn(3, 16, 64)])
+
+
+def test_images_of_a_hybrid_keep_their_last_rows():
+    """A ResNet's feature map has a position for less than a stride of pixels, so nothing is cut off its images."""
+    options = {**SMALL, "img_size": 32, "patch_size": 4, "backbone": (), "dynamic_img_size": True}
+    model = randomize(fastvit.VisionTransformer(**options))
+    exact, sizes = copy.deepcopy(model).double(), [(32, 32), (21, 50), (9, 14), (32, 32)]
+    images = [torch.randn(3, *size) for size in sizes]
+    want, eager = (torch.cat([m(image[None].to(m.head.weight.dtype)) for image in images]) for m in (exact, model))
+    assert_close("logits", model.forward_packed(images), want, eager)
+    with pytest.raises(ValueError, match=r"images\[0\] is 3 x 32 pixels, smaller than a patch of 4 x 4"):
+        model.forward_packed([torch.randn(3, 3, 32)])
