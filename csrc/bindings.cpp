@@ -14,6 +14,12 @@ STABLE_TORCH_LIBRARY(fastvit_native, m) {
       "layer_norm_backward(Tensor dy, Tensor? dz, Tensor z, Tensor mean, Tensor rstd, Tensor? weight, Tensor? x, "
       "Tensor? layer_scale, Tensor? sample_scale=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "group_norm(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool relu) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "group_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, bool relu) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, Tensor? cu_seqlens=None, "
       "int max_seqlen=0) -> (Tensor, Tensor)");
   m.def(

@@ -24,6 +24,7 @@ BACKENDS = ("reference", "triton", "cuda", "cpu")
 OPS: dict[str, tuple[str, ...]] = {
     "patch_embed": ("triton", "cuda", "cpu"),
     "layer_norm": ("triton", "cuda", "cpu"),
+    "group_norm": ("triton", "cpu"),
     "attention": ("triton", "cuda", "cpu"),
     "linear": ("triton", "cuda", "cpu"),
     "norm_mlp": ("triton", "cuda", "cpu"),

@@ -138,6 +138,14 @@ class LayerNorm(Launcher):
 
 
 @dataclass(frozen=True)
+class GroupNorm(Launcher):
+    """The launcher of group_norm, which has a backward of its own."""
+
+    def backward(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        return torch.ops.fastvit_native.group_norm_backward(*args)
+
+
+@dataclass(frozen=True)
 class Product(Launcher):
     """A launcher whose backward is the reference's with these parts of ours."""
 
@@ -337,6 +345,7 @@ cpu = SimpleNamespace(
     norm_mlp=Product("norm_mlp", ("product", "column_sum", "norm_backward")),
     patch_embed=Product("patch_embed", ("product",)),
     layer_norm=LayerNorm("layer_norm"),
+    group_norm=GroupNorm("group_norm"),
     attention=Attention("attention"),
     encoder=Encoder("encoder", Block("encoder")),
 )

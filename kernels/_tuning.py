@@ -102,6 +102,15 @@ class Elements:
 
 
 @dataclass(frozen=True)
+class Maps:
+    """GroupNorm: a group is walked in tiles of BLOCK_C channels by BLOCK_P positions."""
+
+    BLOCK_C: int
+    BLOCK_P: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class Fold:
     """LayerNorm's weight folded into a matrix: BLOCK_N of its rows a program, BLOCK_D columns at a time."""
 
@@ -143,6 +152,10 @@ NORM_BACKWARD_BAND = Band(16, 128, num_warps=8)
 # its way at once; 16 columns give 48 programs to each parameter of 768. A small batch has few lines.
 PARTIAL_ROWS = PartialRows(512, 16, num_warps=8)
 FEW_PARTIAL_ROWS = PartialRows(64, 128, num_warps=8)
+
+# 16 values a thread of each tensor in 8 warps: both passes of the backward hold four tiles in fp32, 64 registers. A tile
+# of one channel is read in lines of 8 KB in 16 bits.
+MAPS_ELEMENTS = 4096
 
 # Programs that occupy every core of the largest chip that a key stands for.
 CORES = {"sm_80": 108, "sm_90": 132, "hip": 304}
@@ -248,3 +261,10 @@ def folds(row_count: int, hidden: int, width: int) -> bool:
 def elements(width: int) -> Elements:
     block_d = min(max(_power_of_two(width), 16), 1024)
     return Elements(ELEMENTS // block_d, block_d, num_warps=4)
+
+
+def maps(channels: int, positions: int) -> Maps:
+    """Tile of GroupNorm for groups of so many channels and positions."""
+    block_p = min(max(_power_of_two(positions), 16), MAPS_ELEMENTS)
+    block_c = min(_power_of_two(channels), MAPS_ELEMENTS // block_p)
+    return Maps(block_c, block_p, num_warps=min(8, max(1, block_c * block_p // 512)))

@@ -6,6 +6,7 @@ from .. import backends as _backends
 from ._attention_arguments import prepare_attention, prepare_attention_packed, prepare_attention_varlen
 from .attention import attention, attention_packed, attention_varlen
 from .encoder import EncoderBlock, encoder, prepare_encoder
+from .group_norm import group_norm, prepare_group_norm
 from .layer_norm import add_layer_norm, layer_norm, prepare_add_layer_norm, prepare_layer_norm
 from .linear import linear, prepare_linear
 from .norm_mlp import norm_mlp, prepare_norm_mlp
@@ -18,6 +19,7 @@ __all__ = [
     "attention_packed",
     "attention_varlen",
     "encoder",
+    "group_norm",
     "layer_norm",
     "linear",
     "norm_mlp",
@@ -32,6 +34,7 @@ _PUBLIC = {
     "attention_packed": ("attention", prepare_attention_packed),
     "attention_varlen": ("attention", prepare_attention_varlen),
     "encoder": ("encoder", prepare_encoder),
+    "group_norm": ("group_norm", prepare_group_norm),
     "layer_norm": ("layer_norm", prepare_layer_norm),
     "linear": ("linear", prepare_linear),
     "norm_mlp": ("norm_mlp", prepare_norm_mlp),
