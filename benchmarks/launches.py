@@ -34,6 +34,7 @@ class Launch:
 def launches() -> Iterator[Launch]:
     """Every case, op by op."""
     yield from _layer_norm()
+    yield from _group_norm()
     yield from _linear()
     yield from _norm_mlp()
     yield from _attention()
@@ -73,6 +74,42 @@ def _layer_norm() -> Iterator[Launch]:
                               (5000, 8192, "full"), (1000, 65537, "plain"), (1000, 65537, "full")):  # fmt: skip
         yield Launch("layer_norm", "forward", f"{kind} {rows} x {width}", forward(rows, width, kind))
         yield Launch("layer_norm", "backward", f"{kind} {rows} x {width}", backward(rows, width, kind))
+
+
+def _group_norm() -> Iterator[Launch]:
+    def maps(B: int, C: int, positions: int, last: bool, dtype: torch.dtype) -> torch.Tensor:
+        return _empty(B, positions, C, dtype=dtype).mT if last else _empty(B, C, positions, dtype=dtype)
+
+    def forward(B: int, C: int, positions: int, groups: int, last: bool = False, affine: bool = True):
+        def arguments(dtype: torch.dtype) -> tuple:
+            row = _empty(C, dtype=dtype) if affine else None
+            return maps(B, C, positions, last, dtype), groups, row, row, 1e-5, affine
+
+        return arguments
+
+    def backward(B: int, C: int, positions: int, groups: int, last: bool = False, affine: bool = True):
+        def arguments(dtype: torch.dtype) -> tuple:
+            row, x = _empty(C, dtype=dtype) if affine else None, maps(B, C, positions, last, dtype)
+            statistics = _empty(B, groups, dtype=torch.float32)
+            return x, x, statistics, statistics, row, row, affine
+
+        return arguments
+
+    B = 256
+    for C, side in ((64, 112), (256, 56)):
+        w = work.group_norm(B, C, side**2, 32, keep=True)
+        yield Launch("group_norm", "forward", f"{C} x {side}²", forward(B, C, side**2, 32), w.flops, w.bytes)
+        w = work.group_norm_backward(B, C, side**2, 32)
+        yield Launch("group_norm", "backward", f"{C} x {side}²", backward(B, C, side**2, 32), w.flops, w.bytes)
+    for label, shape in (
+        ("channels last", (2, 512, 784, 32, True)),
+        ("14² channels last", (2, 1024, 196, 32, True)),
+        ("14²", (2, 1024, 196, 32)),
+        ("odd without affine", (3, 21, 35, 7, False, False)),
+        ("one channel", (1, 7, 1, 7)),
+    ):
+        yield Launch("group_norm", "forward", label, forward(*shape))
+        yield Launch("group_norm", "backward", label, backward(*shape))
 
 
 def _linear() -> Iterator[Launch]:

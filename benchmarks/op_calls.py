@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .op_cases import OpCase
+from .op_cases import STEM, STEM_GROUPS, OpCase
 
 Tensors = dict[str, Tensor]
 
@@ -59,6 +59,7 @@ def call(case: OpCase) -> Call:
     makers = {
         "attention": _attention,
         "layer_norm": _layer_norm,
+        "group_norm": _group_norm,
         "norm_mlp": _norm_mlp,
         "patch_embed": _patch_embed,
         "block": _block,
@@ -145,6 +146,14 @@ def _layer_norm(case: OpCase) -> Call:
 
     shapes = {"x": (case.batch, case.tokens, case.width), "weight": (case.width,), "bias": (case.width,)}
     return Call("layer_norm", shapes, eager, {"eps": EPS})
+
+
+def _group_norm(case: OpCase) -> Call:
+    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.relu(F.group_norm(x, STEM_GROUPS, weight, bias, EPS))
+
+    shapes = {"x": case.maps, "weight": (STEM,), "bias": (STEM,)}
+    return Call("group_norm", shapes, eager, {"num_groups": STEM_GROUPS, "eps": EPS, "relu": True})
 
 
 def _linear(case: OpCase) -> Call:

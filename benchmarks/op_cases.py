@@ -16,6 +16,7 @@ from . import cases, work
 OPS = (
     "attention",
     "layer_norm",
+    "group_norm",
     "linear_qkv",
     "linear_proj",
     "linear_fc1",
@@ -37,6 +38,8 @@ CPU_TOKENS = (50, 577, 1025)
 DEFAULT_DIRECTIONS = ("forward", "forward+backward")
 # Beside Base's 768 the narrowest of the family, and the widest; each is measured at Base's number of tokens.
 WIDTHS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_large_patch16_224", "vit_gigantic_patch14_224")
+# Channels and groups of the first norm of a hybrid's ResNet stem ("An Image is Worth 16x16 Words", section 3.1).
+STEM, STEM_GROUPS = 64, 32
 MAIN = ("attention", "layer_norm", "linear_fc1", "norm_mlp", "block")
 
 
@@ -79,7 +82,8 @@ class OpCase:
     """One op at one shape.
 
     op: a name of `OPS`. batch B, tokens N with prefix tokens, width D, heads H, hidden F; an image is side x side with
-    patch x patch patches of channels. dtype and direction by name.
+    patch x patch patches of channels. A hybrid's first GroupNorm has STEM channels of half of the image's side. dtype and
+    direction by name.
     """
 
     op: str
@@ -110,9 +114,14 @@ class OpCase:
         return {"linear_qkv": (D, 3 * D), "linear_proj": (D, D), "linear_fc1": (D, F), "linear_fc2": (F, D)}[self.op]
 
     @property
+    def maps(self) -> tuple[int, int, int, int]:
+        """What the stem's first convolution leaves, (B, C, height, width)."""
+        return self.batch, STEM, self.side // 2, self.side // 2
+
+    @property
     def shape(self) -> str:
-        """As it stands in a row: attention BxHxNxE, layer_norm BxNxD, linear BxNxINxOUT, norm_mlp BxNxDxF, block
-        BxNxDxHxF, patch_embed BxCxHEIGHTxWIDTHxPxD.
+        """As it stands in a row: attention BxHxNxE, layer_norm BxNxD, group_norm BxCxHEIGHTxWIDTH, linear BxNxINxOUT,
+        norm_mlp BxNxDxF, block BxNxDxHxF, patch_embed BxCxHEIGHTxWIDTHxPxD.
         """
         numbers: tuple[int, ...] = (self.batch, self.tokens, self.width)
         if self.op == "attention":
@@ -123,6 +132,8 @@ class OpCase:
             numbers = (*numbers, self.hidden)
         elif self.op == "block":
             numbers = (*numbers, self.heads, self.hidden)
+        elif self.op == "group_norm":
+            numbers = self.maps
         elif self.op == "patch_embed":
             numbers = (self.batch, self.channels, self.side, self.side, self.patch, self.width)
         return "x".join(map(str, numbers))
@@ -140,6 +151,8 @@ class OpCase:
             return work.attention(self.batch, self.heads, self.tokens, self.tokens, self.head_dim, keep)
         if self.op == "layer_norm":
             return work.layer_norm(rows, self.width, keep=keep)
+        if self.op == "group_norm":
+            return work.group_norm(self.batch, STEM, (self.side // 2) ** 2, STEM_GROUPS, keep)
         if self.op == "norm_mlp":
             return work.norm_mlp(rows, self.width, self.hidden, keep)
         if self.op == "patch_embed":
@@ -155,6 +168,8 @@ class OpCase:
             return work.attention_backward(self.batch, self.heads, self.tokens, self.tokens, self.head_dim)
         if self.op == "layer_norm":
             return work.layer_norm_backward(rows, self.width)
+        if self.op == "group_norm":
+            return work.group_norm_backward(self.batch, STEM, (self.side // 2) ** 2, STEM_GROUPS)
         if self.op == "norm_mlp":
             return work.norm_mlp_backward(rows, self.width, self.hidden)
         if self.op == "patch_embed":
@@ -182,7 +197,7 @@ def at_model(op: str, model: str, batch: int, dtype: str, direction: str, tokens
     if side != width or patch != patch_width:
         raise ValueError(f"bench-ops: {model} has no square images and patches")
     tokens = cases.tokens(config) if tokens is None else tokens
-    if op == "patch_embed":
+    if op in ("patch_embed", "group_norm"):
         side = patch * _root(tokens - config.prefix_tokens)
     return OpCase(
         op, batch, tokens, config.embed_dim, config.num_heads, config.hidden_dim,

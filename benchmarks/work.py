@@ -52,6 +52,16 @@ def layer_norm_backward(M: int, D: int, residual: bool = False, scaled: bool = F
     return Work(0, (3 + residual + 2 * scaled) * M * D + (3 + 2 * scaled) * D, 2 * M)
 
 
+def group_norm(B: int, C: int, positions: int, groups: int, keep: bool = False) -> Work:
+    """x in, y out, whether it passes a ReLU or not; weight and bias. Kept: mean and 1/σ of each group."""
+    return Work(0, 2 * B * C * positions + 2 * C, 2 * B * groups * keep)
+
+
+def group_norm_backward(B: int, C: int, positions: int, groups: int) -> Work:
+    """dy and x in, dx out; weight and bias in, which the ReLU's sign takes, two gradients out."""
+    return Work(0, 3 * B * C * positions + 4 * C, 2 * B * groups)
+
+
 def linear(M: int, K: int, C: int, activation: bool = False, residual: bool = False, keep: bool = False) -> Work:
     """2 M K C; x, weight, bias, result, residual. Kept: what went into the activation."""
     return Work(2 * M * K * C, M * K + K * C + C + M * C * (1 + residual + (activation and keep)))

@@ -264,6 +264,7 @@ def accelerated(model: Model, **options: bool) -> Iterator[Model]:
 # op -> the arguments of a smallest call for tensors like this one
 _PROBES: dict[str, Callable[[torch.Tensor], Any]] = {
     "layer_norm": lambda t: ops.prepare_layer_norm(t.new_empty(0, 16)),
+    "group_norm": lambda t: ops.prepare_group_norm(t.new_empty(0, 32, 1), 32),
     "attention": lambda t: ops.prepare_attention_packed(t.new_empty(0, 4, 48), 1),
     "linear": lambda t: ops.prepare_linear(t.new_empty(0, 16), t.new_empty(16, 16)),
     "encoder": lambda t: (t.new_empty(0, 4, 16), [], [], 1, 1.0, "none", str(t.dtype).removeprefix("torch."), []),

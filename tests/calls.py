@@ -59,6 +59,10 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Shapes]] = {
     "attention_packed": (lambda qkv, **options: ops.attention_packed(qkv, 2, **options), {"qkv": (2, 5, 48)}),
     "attention_varlen": (_varlen, {"qkv": (7, 48)}),
     "encoder": (lambda x, **block: ops.encoder(x, [ops.EncoderBlock(**block)], 2), ENCODER),
+    "group_norm": (
+        lambda **t: ops.group_norm(t["x"], 2, t["weight"], t["bias"], relu=True),
+        {**NORM, "x": (2, 16, 5)},
+    ),
     "layer_norm": (ops.layer_norm, NORM),
     "linear": (
         lambda **t: ops.linear(**t, activation="gelu"),

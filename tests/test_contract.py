@@ -23,6 +23,16 @@ def layer_norm_case(place):
     return torch.ops.fastvit.layer_norm, (x, r, s, w, b, 1e-6, keep, place.backend)
 
 
+def group_norm_case(place):
+    x, w, b = tensors((2, 6, 5), (6,), (6,))
+    return torch.ops.fastvit.group_norm, (x, 3, w, b, 1e-5, True, place.backend)
+
+
+def group_norm_channels_last_case(place):
+    x, b = tensors((2, 5, 6), (6,))
+    return torch.ops.fastvit.group_norm, (x.detach().mT.requires_grad_(), 3, None, b, 1e-5, False, place.backend)
+
+
 PLAIN_ATTENTION = (0.0, *[None] * 8, 0)
 
 
@@ -86,6 +96,8 @@ def patch_embed_case(place):
 
 OP_CASES = (
     (layer_norm_case, "layer_norm"),
+    (group_norm_case, "group_norm"),
+    (group_norm_channels_last_case, "group_norm"),
     (attention_case, "attention"),
     (attention_unpacked_case, "attention"),
     (linear_case, "linear"),
@@ -193,6 +205,7 @@ EAGER = {
     "attention_packed": eager_attention,
     "attention_varlen": lambda qkv: torch.cat([eager_attention(part) for part in (qkv[:2], qkv[2:])]),
     "encoder": eager_encoder,
+    "group_norm": lambda x, weight, bias: F.relu(F.group_norm(x, 2, weight, bias)),
     "layer_norm": lambda x, weight, bias: F.layer_norm(x, (16,), weight, bias, 1e-6),
     "linear": lambda x, weight, bias, layer_scale, residual: residual + layer_scale * F.gelu(F.linear(x, weight, bias)),
     "norm_mlp": eager_norm_mlp,

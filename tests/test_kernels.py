@@ -12,9 +12,9 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from fastvit.kernels import _device, attention, layer_norm, linear, norm_mlp, patch_embed
+from fastvit.kernels import _device, attention, group_norm, layer_norm, linear, norm_mlp, patch_embed
 
-LAUNCHERS = [attention, layer_norm, linear, norm_mlp, patch_embed]
+LAUNCHERS = [attention, group_norm, layer_norm, linear, norm_mlp, patch_embed]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda module: module.__name__.rsplit(".", 1)[-1])

@@ -43,7 +43,7 @@ def test_traffic_is_every_tensor_once(op: str) -> None:
     both = dataclasses.replace(case, direction="forward+backward").work
     kept = both.bytes(4) - case.work.bytes(4) - 4 * back
     assert kept >= 0
-    assert (kept > 0) == (op in ("attention", "layer_norm", "linear_fc1", "norm_mlp", "block"))
+    assert (kept > 0) == (op in ("attention", "layer_norm", "group_norm", "linear_fc1", "norm_mlp", "block"))
 
 
 def test_a_block_keeps_what_its_backward_cannot_do_without() -> None:

@@ -92,6 +92,12 @@ def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 # the op, arguments' shapes, FLOPs forward and backward, the numbers that `work` says must move forward
 OURS: dict[str, tuple[Any, tuple, tuple[int, int], int]] = {
     "layer_norm": (ops.layer_norm, ((B, N, D), (D,), (D,)), (0, 0), work.layer_norm(B * N, D, keep=True).bytes(4)),
+    "group_norm": (
+        lambda x, w, b: ops.group_norm(x, 32, w, b, relu=True),
+        ((B, D, 7, 9), (D,), (D,)),
+        (0, 0),
+        work.group_norm(B, D, 63, 32, keep=True).bytes(4),
+    ),
     "linear": (
         lambda x, w, b, r: ops.linear(x, w, b, activation="gelu", residual=r),
         ((B, N, D), (HIDDEN, D), (HIDDEN,), (B, N, HIDDEN)),

@@ -54,6 +54,7 @@ def _sample_calls(device: str, dtype: Any) -> dict[str, tuple]:
     return {
         "patch_embed": (zeros(1, 3, 224, 224), zeros(384, 3, 16, 16), zeros(384)),
         "layer_norm": (x, *norm, 1e-6),
+        "group_norm": (zeros(1, 64, 112, 112), 32, zeros(64), zeros(64), 1e-5),
         "attention": (heads, heads, heads),
         "linear": (x, zeros(1152, 384), zeros(1152)),
         "norm_mlp": (x, *norm, *mlp, 1e-6),

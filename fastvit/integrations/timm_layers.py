@@ -4,6 +4,7 @@ from typing import Any
 
 import timm.layers
 import timm.models.vision_transformer as vit
+from timm.layers.norm_act import GroupNormAct
 from torch import Tensor, nn
 
 from .. import ops
@@ -175,6 +176,19 @@ def patch_embed_forward(embed: Any, x: Tensor) -> Tensor:
     return embed.norm(y)
 
 
+def _why_not_group_norm(norm: Any) -> str | None:
+    if norm._fast_norm:
+        return "fast norm computes in autocast's dtype"
+    return None if isinstance(norm.drop, nn.Identity) else f"drop is a {type(norm.drop).__name__}"
+
+
+def group_norm_forward(norm: Any, x: Tensor) -> Tensor:
+    """timm's GroupNormAct; its ReLU is part of the op, any other activation follows."""
+    relu = same_forward(norm.act, nn.ReLU)
+    y = ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, relu=relu)
+    return y if relu else norm.act(y)
+
+
 def _why_not_pool(pool: Any) -> str | None:
     if not isinstance(pool.q, nn.Identity) and (reason := why_not_linears(pool, "q")):
         return reason
@@ -221,6 +235,9 @@ def plan(module: Any, options: Options) -> Plan | str | None:
     if same_forward(module, timm.layers.AttentionPoolLatent):
         reason = why_not_all(options) or _why_not_pool(module)
         return reason or Plan(attention_pool_forward, ("linear", "layer_norm", "attention"), whole=True)
+    if same_forward(module, GroupNormAct):
+        reason = _why_not_group_norm(module) if options.patch_embed else "patch_embed=False"
+        return reason or Plan(group_norm_forward, ("group_norm",), whole=True)
     if isinstance(module, timm.layers.LayerNorm):
         return torch_modules.plan_layer_norm(module, options, timm.layers.LayerNorm)
     return None
