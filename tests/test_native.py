@@ -39,6 +39,8 @@ def arguments(op: str, dtype: torch.dtype, rows: int = 45) -> tuple:
     r = lambda *shape: torch.randn(*shape, dtype=dtype)  # noqa: E731
     if op == "layer_norm":
         return r(rows, 83), r(rows, 83), r(83), r(83), r(83), 1e-6, None
+    if op == "group_norm":
+        return r(rows // 9, 6, 83), 3, r(6), r(6), 1e-5, True
     if op == "attention":
         q, k, v = r(2, rows, 3, 3, 19).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v, torch.rand(2, 1, 1, rows).expand(2, 3, rows, rows) > 0.2, False, 0.23, *PLAIN
@@ -51,7 +53,7 @@ def arguments(op: str, dtype: torch.dtype, rows: int = 45) -> tuple:
     return image, r(37, 3, 5, 5), r(37), r(11, 37), r(2, 37), torch.rand(3) / 99, torch.randn(3)
 
 
-OPS = ("layer_norm", "attention", "linear", "norm_mlp", "patch_embed")
+OPS = ("layer_norm", "group_norm", "attention", "linear", "norm_mlp", "patch_embed")
 
 
 def outputs(op: str, args: tuple) -> tuple[Tensor, ...]:
