@@ -82,8 +82,8 @@ class OpCase:
     """One op at one shape.
 
     op: a name of `OPS`. batch B, tokens N with prefix tokens, width D, heads H, hidden F; an image is side x side with
-    patch x patch patches of channels. A hybrid's first GroupNorm has STEM channels of half of the image's side. dtype and
-    direction by name.
+    patch x patch patches of channels. A hybrid's first GroupNorm has STEM channels of half of the image's side. dtype
+    and direction by name.
     """
 
     op: str

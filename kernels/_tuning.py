@@ -153,8 +153,8 @@ NORM_BACKWARD_BAND = Band(16, 128, num_warps=8)
 PARTIAL_ROWS = PartialRows(512, 16, num_warps=8)
 FEW_PARTIAL_ROWS = PartialRows(64, 128, num_warps=8)
 
-# 16 values a thread of each tensor in 8 warps: both passes of the backward hold four tiles in fp32, 64 registers. A tile
-# of one channel is read in lines of 8 KB in 16 bits.
+# 16 values a thread of each tensor in 8 warps: both passes of GroupNorm's backward hold four tiles in fp32, 64
+# registers. A tile of one channel is read in lines of 8 KB in 16 bits.
 MAPS_ELEMENTS = 4096
 
 # Programs that occupy every core of the largest chip that a key stands for.

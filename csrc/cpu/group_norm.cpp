@@ -38,8 +38,8 @@ struct GroupNormArgs {
   double* moments = nullptr;  // channels last: mean and squares of each part's groups, (B, parts, groups, 2)
 };
 
-// With u = dy where the result passed the ReLU and n = (x - mean) rstd: dx = rstd (u weight - a - n b), where a and b are
-// the means of u weight and u weight n over the group; dweight = Σ u n, dbias = Σ u.
+// With u = dy where the result passed the ReLU and n = (x - mean) rstd: dx = rstd (u weight - a - n b), where a and b
+// are the means of u weight and u weight n over the group; dweight = Σ u n, dbias = Σ u.
 template <class T>
 struct GroupNormBackwardArgs {
   using A = accumulator_t<T>;

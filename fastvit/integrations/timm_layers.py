@@ -4,7 +4,6 @@ from typing import Any
 
 import timm.layers
 import timm.models.vision_transformer as vit
-from timm.layers.norm_act import GroupNormAct
 from torch import Tensor, nn
 
 from .. import ops
@@ -235,7 +234,7 @@ def plan(module: Any, options: Options) -> Plan | str | None:
     if same_forward(module, timm.layers.AttentionPoolLatent):
         reason = why_not_all(options) or _why_not_pool(module)
         return reason or Plan(attention_pool_forward, ("linear", "layer_norm", "attention"), whole=True)
-    if same_forward(module, GroupNormAct):
+    if same_forward(module, timm.layers.GroupNormAct):
         reason = _why_not_group_norm(module) if options.patch_embed else "patch_embed=False"
         return reason or Plan(group_norm_forward, ("group_norm",), whole=True)
     if isinstance(module, timm.layers.LayerNorm):

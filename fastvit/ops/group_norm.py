@@ -1,10 +1,11 @@
 """Group normalisation, optionally followed by ReLU: y = relu((x - E[x]) / sqrt(V[x] + eps) * weight + bias).
 
-Group Normalization, arXiv 1803.08494; the hybrids of "An Image is Worth 16x16 Words" (arXiv 2010.11929, section 3.1) put it
-between the weight-standardised convolutions of their ResNet stems.
+Group Normalization, arXiv 1803.08494; the hybrids of "An Image is Worth 16x16 Words" (arXiv 2010.11929, section 3.1)
+put it between the weight-standardised convolutions of their ResNet stems.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +16,18 @@ from . import _contract as contract
 
 OP = "group_norm"
 LOW = (torch.float16, torch.bfloat16)
-# With gradients, an op of ours costs 0.2 ms of Python on a CPU: for maps of fewer numbers eager PyTorch is done by then.
+# With gradients, an op of ours costs 0.2 ms of Python on a CPU: eager PyTorch is done with fewer numbers by then.
 FEWEST_TO_TRAIN = 1 << 18
 
 
-def reference(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
-) -> Tensor:
+def reference(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool) -> Tensor:
     """Plain PyTorch, of maps (B, C, ...)."""
     if weight is None and bias is not None:  # PyTorch differentiates no bias without a weight
         weight = torch.ones_like(bias)
     dtypes = {x.dtype, *(t.dtype for t in (weight, bias) if t is not None)}
     if len(dtypes) > 1:
-        wide = contract.cast(torch.float32, x, weight, bias)
-        y = F.group_norm(wide[0], num_groups, *wide[1:], eps).to(x.dtype)
+        wide_x, weight, bias = contract.cast(torch.float32, x, weight, bias)
+        y = F.group_norm(wide_x, num_groups, weight, bias, eps).to(x.dtype)
     else:
         y = F.group_norm(x, num_groups, weight, bias, eps)
     return F.relu(y) if relu else y
@@ -129,9 +128,7 @@ def _autograd(ctx, dy, _mean, _rstd):
     return dx, None, None if weight is None else dweight, None if bias is None else dbias, None, None, None
 
 
-_op, _backward_op = contract.register(
-    OP, _forward, _fake, _backward, _backward_fake, _setup_context, _autograd
-)
+_op, _backward_op = contract.register(OP, _forward, _fake, _backward, _backward_fake, _setup_context, _autograd)
 
 
 def prepare_group_norm(
@@ -182,10 +179,10 @@ def group_norm(
         relu: y = max(y, 0) in the same pass; NaN stays NaN. The backward computes y's sign again.
 
     Returns:
-        As x, contiguous or channels last as x is. Under autocast as torch's group_norm: fp32 on a GPU, x's dtype on a CPU.
+        As x, contiguous or channels last. Under autocast as torch's group_norm: fp32 on a GPU, x's dtype on a CPU.
 
     Raises:
-        TypeError, ValueError: dtypes, devices or shapes that do not fit, groups that do not divide C, or a negative eps.
+        TypeError, ValueError: dtypes, devices or shapes that do not fit, groups that do not divide C, a negative eps.
 
     Source: Group Normalization, arXiv 1803.08494, equations 1, 2, 6 and 7.
     """
@@ -196,8 +193,7 @@ def group_norm(
         backend = "reference"
     if backend == "reference":
         return reference(x.to(args[0].dtype), *args[1:])
-    if differentiable or torch.compiler.is_compiling() or type(x) is not Tensor:
-        y = _op(*args, backend)[0]
-    else:
-        y = _forward(*args, backend)[0]  # the dispatcher's way through Python takes as long as a map of 28 x 28
-    return contract.reshaped(y, x.shape)
+    # The dispatcher's way through Python takes as long as a map of 28 x 28: only who needs it goes it.
+    needs_op = differentiable or torch.compiler.is_compiling() or type(x) is not Tensor
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = _op if needs_op else _forward
+    return contract.reshaped(run(*args, backend)[0], x.shape)
