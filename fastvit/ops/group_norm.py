@@ -16,8 +16,8 @@ from . import _contract as contract
 
 OP = "group_norm"
 LOW = (torch.float16, torch.bfloat16)
-# On a CPU our way to the kernel takes 0.03 ms longer than PyTorch's, with gradients 0.15 ms: maps of 0.2 million numbers
-# come out 0.8 to 0.9 times as fast, those of 0.4 million 1.1 to 1.4 times (Xeon with AVX-512, one thread, float32).
+# On a CPU our way to the kernel takes 0.03 ms longer than PyTorch's, with gradients 0.15 ms: of 0.2 million numbers maps
+# come out 0.8 to 0.9 times as fast, of 0.4 million 1.1 to 1.4 times (Xeon with AVX-512, one thread, float32).
 FEWEST = 1 << 18
 
 
@@ -169,7 +169,8 @@ def group_norm(
 ) -> Tensor:
     """Normalise each group of channels of each image: y = (x - E[x]) / sqrt(V[x] + eps) * weight + bias.
 
-    Mean and variance are over the channels of a group and all positions, in fp32 and in two passes.
+    Mean and variance are over the channels of a group and all positions, in fp32 and in two passes. On a CPU, "auto"
+    leaves maps of fewer than 2^18 numbers to PyTorch, which is done with them sooner.
 
     Args:
         x: (B, C, ...), of two dimensions or more, fp64 / fp32 / fp16 / bf16. Contiguous and channels last maps are read
