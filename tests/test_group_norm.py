@@ -60,7 +60,7 @@ def both(groups: int, relu: bool = True):
     return fused(groups, relu), eager(groups, relu)
 
 
-@pytest.mark.grid(26)
+@pytest.mark.grid(20)
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)

@@ -57,7 +57,7 @@ def check(x, dy, weight, bias, groups, relu):
     return y, mean, rstd, *gradients
 
 
-@pytest.mark.grid(16)
+@pytest.mark.grid(14)
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(("shape", "positions"), SHAPES, ids=str)
