@@ -74,13 +74,14 @@ class StdConv2d(nn.Conv2d):
 class GroupNormAct(nn.GroupNorm):
     """GroupNorm over 32 groups of channels of (B, C, h, w), with ReLU behind it if asked for."""
 
+    _fastvit_ops = ("group_norm",)
+
     def __init__(self, channels: int, eps: str, relu: bool = True, device=None, dtype=None) -> None:
         super().__init__(GROUPS, channels, GROUP_NORM_EPS[eps], device=device, dtype=dtype)
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        return torch.relu_(y) if self.relu else y
+        return ops.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, relu=self.relu)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, relu={self.relu}"

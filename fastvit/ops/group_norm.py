@@ -31,7 +31,7 @@ def reference(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | 
         y = F.group_norm(wide_x, num_groups, weight, bias, eps).to(x.dtype)
     else:
         y = F.group_norm(x, num_groups, weight, bias, eps)
-    return F.relu(y) if relu else y
+    return torch.relu_(y) if relu else y
 
 
 def reference_backward(
@@ -197,4 +197,7 @@ def group_norm(
     # The dispatcher's way through Python takes as long as a map of 28 x 28: only who needs it goes it.
     needs_op = contract.needs_grad(x, weight, bias) or torch.compiler.is_compiling() or type(x) is not Tensor
     run: Callable[..., tuple[Tensor, Tensor, Tensor]] = _op if needs_op else _forward
-    return contract.reshaped(run(*args, backend)[0], x.shape)
+    y = run(*args, backend)[0]
+    if channels_last(y):  # by way of (B, ..., C): a single image's strides, too, tell torch the layout
+        return y.transpose(1, 2).unflatten(1, x.shape[2:]).movedim(-1, 1)
+    return contract.reshaped(y, x.shape)
