@@ -86,6 +86,7 @@ ARROWS = {
     "__main__": {"cli"},
     "compute": {"backends", "model", *LEAVES},
     "compute_chart": {"compute", "figures"},
+    "data": {"data", "images"},
     "figures": set(),
     "images": set(),
     "kernels": set(),
