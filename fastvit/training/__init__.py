@@ -10,22 +10,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .error import TrainingError
     from .evaluation import Evaluation, evaluate
-    from .loop import Trained, train
     from .probes import few_shot, linear_probe
     from .recipe import RECIPES, Recipe
+    from .start import Trained, train
 
-__all__ = ["RECIPES", "Evaluation", "Recipe", "Trained", "TrainingError", "evaluate", "few_shot", "linear_probe", "train"]
+__all__ = [
+    "RECIPES",
+    "Evaluation",
+    "Recipe",
+    "Trained",
+    "TrainingError",
+    "evaluate",
+    "few_shot",
+    "linear_probe",
+    "train",
+]
 
 _HOMES = {
     "RECIPES": "recipe",
     "Evaluation": "evaluation",
     "Recipe": "recipe",
-    "Trained": "loop",
+    "Trained": "start",
     "TrainingError": "error",
     "evaluate": "evaluation",
     "few_shot": "probes",
     "linear_probe": "probes",
-    "train": "loop",
+    "train": "start",
 }
 
 
