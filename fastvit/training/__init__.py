@@ -1,7 +1,7 @@
 """Training: the paper's recipes as data, one loop that resumes to the bit, and the paper's ways to evaluate.
 
-recipe says what is done, schedule and optimizer how; loop does it, with checkpoints, log and average beside it; evaluation
-and probes measure a model; parallel is what one process of several knows.
+recipe says what is done, schedule and optimizer how; start checks everything, loop does it, with checkpoints, log and
+average beside it; evaluation and probes measure a model; parallel is what one process of several knows.
 """
 
 import importlib

@@ -78,8 +78,8 @@ def _digest(path: Path) -> str:
 def save(run: Path, step: int, facts: dict[str, Any], write: Callable[[Path], None], keep: int, parallel: Any) -> Path:
     """Write the checkpoint of a step, and remove all but the newest ``keep``.
 
-    It is written beside its place, forced to the disk, then renamed: whatever happens, a directory of that name is whole
-    and the checkpoints of before are as they were.
+    It is written beside its place, forced to the disk, then renamed: whatever happens, a directory of that name is
+    whole and the checkpoints of before are as they were.
 
     Args:
         facts: for state.json, which gets the step and every file's SHA-256 as well.

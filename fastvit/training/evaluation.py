@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of ``images`` images: mean cross-entropy in nats, shares in [0, 1] with the label first and among the first five."""
+    """Of ``images`` images: mean cross-entropy in nats, shares whose label comes first and among the first five."""
 
     images: int
     loss: float
@@ -78,11 +78,10 @@ def measured(
                 logits = model(images.to(device)).float()
                 if logits.dim() != 2:
                     raise TrainingError(f"fastvit: the model must give logits (B, K), got {tuple(logits.shape)}")
-                if labels.numel() and int(labels.max()) >= logits.shape[1]:
-                    raise TrainingError(
-                        f"fastvit: label {int(labels.max())}, but the model has {logits.shape[1]} classes"
-                    )
-                best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+                classes = logits.shape[1]
+                if labels.numel() and int(labels.max()) >= classes:
+                    raise TrainingError(f"fastvit: label {int(labels.max())}, but the model has {classes} classes")
+                best = logits.topk(min(5, classes), 1).indices == labels[:, None]
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 each = (torch.tensor(len(labels)), loss, best[:, 0].sum(), best.sum())
                 sums += torch.stack([value.to(sums) for value in each])

@@ -1,4 +1,4 @@
-"""A run's state in a checkpoint's folder: safetensors of one process, torch.distributed.checkpoint's files of several."""
+"""A run's state in a checkpoint's folder: three safetensors files of one process, DCP's of several."""
 
 from pathlib import Path
 
@@ -23,16 +23,13 @@ def save_state(
     average: Average | None,
 ) -> None:
     """Write weights, averaged weights and the optimiser's state into a folder that is there; every process calls it."""
-    if parallel.world == 1:
-        write_tensors(folder / WEIGHTS, parallel.full_state(model))
-        write_tensors(folder / OPTIMIZER, optimizer_tensors(model, optimizer))
-    else:
-        parallel.save(folder / SHARDED, model, optimizer)
+    if parallel.world > 1:
+        parallel.save(folder / SHARDED, model, optimizer, None if average is None else average.tensors)
+        return
+    write_tensors(folder / WEIGHTS, parallel.full_state(model))
+    write_tensors(folder / OPTIMIZER, optimizer_tensors(model, optimizer))
     if average is not None:
-        with average.in_place():
-            averaged = parallel.full_state(model)
-        if parallel.is_main:
-            write_tensors(folder / AVERAGED, averaged)
+        write_tensors(folder / AVERAGED, parallel.full_state(model, average.tensors))
 
 
 def load_state(
@@ -44,17 +41,21 @@ def load_state(
 ) -> None:
     """Read what :func:`save_state` wrote, with however many processes then and now.
 
+    Tensor parallelism, whose parameters have names of their own, goes on from what several processes wrote alone.
+
     Raises:
         TrainingError: it does not fit the model.
     """
     try:
         if (folder / SHARDED).exists():
-            parallel.load(folder / SHARDED, model, optimizer)
-        else:
-            load_weights(model, read_tensors(folder / WEIGHTS))
-            load_optimizer_tensors(model, optimizer, read_tensors(folder / OPTIMIZER))
+            parallel.load(folder / SHARDED, model, optimizer, None if average is None else average.tensors)
+            return
+        load_weights(model, read_tensors(folder / WEIGHTS))
+        load_optimizer_tensors(model, optimizer, read_tensors(folder / OPTIMIZER))
         if average is not None:
             average.load(read_tensors(folder / AVERAGED))
+    except TrainingError:
+        raise
     except (KeyError, RuntimeError, ValueError, OSError) as error:
         raise TrainingError(f"fastvit: {folder} does not fit the model: {error}") from error
 
