@@ -30,8 +30,8 @@ class _Version:
     def files(self) -> tuple[str, ...]:
         return (*self.train, *self.test, self.meta)
 
-    def lies_in(self, folder: Path) -> bool:
-        return any((folder / name).is_file() for name in self.files)
+    def lies_in(self, folder: Path, least: int) -> bool:
+        return sum((folder / name).is_file() for name in self.files) >= least
 
 
 _FIVE = tuple(f"data_batch_{number}" for number in range(1, 6))
@@ -55,11 +55,11 @@ _VERSIONS = {
 _NAMES = {"labels": "label_names", "fine_labels": "fine_label_names"}
 
 
-def recognised(directory: Path, kind: str) -> "tuple[Path, _Version] | None":
-    """The folder that holds a version of `kind`, `directory` or one in it, and which version."""
+def recognised(directory: Path, kind: str, least: int = 1) -> tuple[Path, _Version] | None:
+    """The folder with at least so many files of a version of `kind`, `directory` or one in it, and which version."""
     for version in _VERSIONS[kind]:
         for folder in (directory, directory / version.folder):
-            if version.lies_in(folder):
+            if version.lies_in(folder, least):
                 return folder, version
     return None
 

@@ -1,8 +1,11 @@
 """The pickles of CIFAR read as a description: containers, strings, numbers and byte arrays; nothing in them runs."""
 
+import io
 import math
 import pickle
 import struct
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +16,7 @@ from .source import DataError
 # what would call, look up or allocate by a stranger's word, and no such file holds
 _REFUSED = (
     *("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"),
-    *("BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER"),
+    *("NEXT_BUFFER", "READONLY_BUFFER"),
 )
 _EARLY = (EOFError, struct.error, IndexError)  # what Python's unpickler trips over where a file ends
 _KNOWN: dict[int, Any] = dict(pickle._Unpickler.dispatch)
@@ -76,6 +79,8 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 
 # Python's own unpickler: the one in C reserves a table as long as the largest number a file mentions.
 class _Description(pickle._Unpickler):
+    read: Callable[[int], bytes]
+    append: Callable[[Any], None]
     dispatch: ClassVar[dict[int, Any]] = {
         code: load for code, load in _KNOWN.items() if code not in {getattr(pickle, name)[0] for name in _REFUSED}
     }
@@ -85,6 +90,13 @@ class _Description(pickle._Unpickler):
             raise pickle.UnpicklingError(f"{module}.{name}"[:120])
         return _GLOBALS[module, name]
 
+    def load_bytearray8(self) -> None:
+        """As much as the file holds; Python's own allocates what the file claims."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(self.read(min(length, sys.maxsize)))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
 
 def described(path: Path) -> dict[str, Any]:
     """The dictionary in a pickle; arrays are numpy's uint8, strings of Python 2 are bytes, keys are strings.
@@ -93,19 +105,16 @@ def described(path: Path) -> dict[str, Any]:
         DataError: the file is no pickle, ends early, or holds anything but containers, strings, numbers and bytes.
     """
     try:
-        with path.open("rb") as file:
-            try:
-                found = _Description(file, encoding="bytes").load()
-            except Exception as error:  # whatever bytes that are no pickle lead to
-                if isinstance(error, _EARLY) or "exhausted" in str(error) or "truncated" in str(error):
-                    raise DataError(f"{path}: the pickle ends early: the file is truncated") from None
-                detail = " ".join(str(error).split()) or type(error).__name__
-                raise DataError(
-                    f"{path}: not as CIFAR is pickled (containers, strings, numbers, bytes and nothing else): "
-                    f"{detail[:160]}"
-                ) from None
+        found = _Description(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
+    except Exception as error:  # whatever bytes that are no pickle lead to
+        if isinstance(error, _EARLY) or "exhausted" in str(error):
+            raise DataError(f"{path}: the pickle ends early: the file is truncated") from None
+        detail = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{path}: not as CIFAR is pickled (containers, strings, numbers, bytes and nothing else): {detail[:160]}"
+        ) from None
     if not isinstance(found, dict):
         raise DataError(f"{path}: the pickle holds a {type(found).__name__}, expected a dictionary")
     return {_text(key): value.value if isinstance(value, _Array) else value for key, value in found.items()}

@@ -1,10 +1,11 @@
-"""A test set for data that came without one."""
+"""Which images are for training and which for the test, where the data say so and where they do not."""
 
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 
 SHARE = 0.2
+NAMES = {"train": ("train",), "test": ("test", "val", "validation", "valid")}  # in the order in which they are tried
 
 
 def stratified(labels: Sequence[int], names: Sequence[str], split: str) -> list[int]:
