@@ -279,7 +279,7 @@ def _read(blocks: list[Any]) -> _Arguments | None:
 
 def is_fused_block(module: Any) -> bool:
     """Whether a module is a block that :func:`fused_block` serves."""
-    return BLOCK_OPS in (module.__dict__.get(MARK), type(module).__dict__.get(MARK))
+    return BLOCK_OPS in (module.__dict__.get(MARK), getattr(type(module), MARK, None))
 
 
 def encodable(parts: BlockParts) -> bool:

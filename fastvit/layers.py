@@ -228,8 +228,13 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm encoder block: x + MSA(LN(x)), then x + MLP(LN(x)) (paper, equations 2 and 3)."""
 
-    _fastvit_ops = BLOCK_OPS
+    _fastvit_ops: tuple[str, ...] = BLOCK_OPS
     _fastvit_parts = staticmethod(block_parts)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.forward is not Block.forward:  # it computes something else; FSDP2's class for a sharded block does not
+            cls._fastvit_ops = ()
 
     def __init__(
         self,

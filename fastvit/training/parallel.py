@@ -3,7 +3,7 @@
 Processes are started by torchrun. A process that was not, or a run of one, computes what it would compute alone.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,8 @@ class Parallel:
         for block in model.blocks:
             fully_shard(block, mesh=self.mesh)
         # by default the root stays whole behind a forward without backward, and would not see its weights change
-        return fully_shard(model, mesh=self.mesh, reshard_after_forward=True)
+        fully_shard(model, mesh=self.mesh, reshard_after_forward=True)
+        return model
 
     def _equalize(self, model: nn.Module) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
@@ -165,6 +166,67 @@ class Parallel:
             for kind in kinds:
                 clip_grads_with_norm_(kind, max_norm, total)
         return total
+
+    def save(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        averages: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write weights, the optimiser's state and averages into a folder, which is made if need be and else is empty.
+
+        Rates and other settings of the optimiser are not written: they come from the recipe.
+
+        Args:
+            averages: tensors as the wrapped model's parameters are (sharded where those are), by their names in it.
+
+        Raises:
+            TrainingError: on every process, when one could not write.
+        """
+        from . import distributed_checkpoints
+
+        distributed_checkpoints.save(folder, model, optimizer, averages)
+
+    def load(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        averages: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Read what :meth:`save` wrote, in this or another mode, by as many processes or others, in place.
+
+        Raises:
+            TrainingError: on every process, and nothing is changed: files that cannot be read, or tensors that are
+                missing or of other shapes.
+        """
+        from . import distributed_checkpoints
+
+        distributed_checkpoints.load(folder, model, optimizer, averages)
+
+    def full_state(self, model: nn.Module, averages: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The plain model's state_dict, whole tensors on the CPU, with averages in place of the parameters they are of.
+
+        All processes gather; the main one gets the tensors, the others an empty dictionary.
+        """
+        from . import distributed_checkpoints
+
+        return distributed_checkpoints.full_state(model, averages, keep=self.is_main)
+
+    def local_tensors(self, model: nn.Module, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of :meth:`full_state` for some of its tensors, which every process has whole.
+
+        Returns:
+            What the model's parameters of these names would be, under the names that ``model.named_parameters()`` has
+            for them (without DDP's "module."), sharded where those are. Nothing is changed.
+
+        Raises:
+            TrainingError: a name that the model has not, or another shape.
+        """
+        from . import distributed_checkpoints
+
+        return distributed_checkpoints.local_tensors(model, whole)
 
     def barrier(self) -> None:
         """Wait until every process is here."""
