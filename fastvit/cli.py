@@ -23,12 +23,15 @@ from .commands.classify import classify
 from .commands.convert import convert
 from .commands.embed import embed
 from .commands.figures import figures
+from .commands.evaluate import evaluate
 from .commands.info import info
 from .commands.profile import profile
 from .commands.terminal import UsageError, reason
+from .commands.train import train
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Fused Vision Transformers.")
 for command in (info, classify, attention, figures, embed, convert, bench, bench_ops, profile):
+for command in (info, classify, attention, convert, bench, bench_ops, profile, train, evaluate):
     app.command()(command)
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .probes import few_shot, linear_probe
     from .recipe import RECIPES, Recipe
     from .start import Trained, train
+    from .trained import load_run
 
 __all__ = [
     "RECIPES",
@@ -23,6 +24,7 @@ __all__ = [
     "evaluate",
     "few_shot",
     "linear_probe",
+    "load_run",
     "train",
 ]
 
@@ -32,6 +34,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Trained": "start",
     "TrainingError": "error",
+    "load_run": "trained",
     "evaluate": "evaluation",
     "few_shot": "probes",
     "linear_probe": "probes",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +37,17 @@ class Average:
         for name, mine in self.tensors.items():
             mine.copy_(like(tensors[name], mine))
 
+    def put(self) -> None:
+        """Give the model the averaged weights."""
+        with torch.no_grad():
+            for p, averaged in zip(self.parameters, self.tensors.values(), strict=True):
+                p.copy_(averaged)
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model has the averaged weights inside, and to the bit its own again afterwards."""
         own = [p.detach().clone() for p in self.parameters]
-        with torch.no_grad():
-            for p, averaged in zip(self.parameters, self.tensors.values(), strict=True):
-                p.copy_(averaged)
+        self.put()
         try:
             yield
         finally:
@@ -51,7 +56,7 @@ class Average:
                     p.copy_(before)
 
 
-def like(tensor: Tensor, own: Tensor) -> Tensor:
+def like(tensor: Tensor, own: Any) -> Tensor:
     """A whole tensor as another of as many elements is: on its device, in its shape, sharded as it is."""
     tensor = tensor.to(own.device).reshape(own.shape)
     if not hasattr(own, "device_mesh"):

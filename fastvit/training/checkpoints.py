@@ -45,17 +45,30 @@ def newest(run: Path) -> Checkpoint | None:
     reasons = []
     for folder in reversed(folders(run)):
         try:
-            facts = json.loads((folder / STATE).read_text("utf-8"))
-            _check(folder, facts)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reasons.append(f"{folder} is damaged ({error})")
+            found = opened(folder)
+        except TrainingError as error:
+            reasons.append(str(error).removeprefix("fastvit: "))
             continue
         for reason in reasons:
             warnings.warn(f"fastvit: {reason}; going on from {folder.name}", stacklevel=2)
-        return Checkpoint(folder, facts)
+        return found
     if reasons:
         raise TrainingError(f"fastvit: no checkpoint is whole: {'; '.join(reasons)}")
     return None
+
+
+def opened(folder: Path) -> Checkpoint:
+    """A checkpoint whose files are what was written.
+
+    Raises:
+        TrainingError: it is damaged, or none.
+    """
+    try:
+        facts = json.loads((folder / STATE).read_text("utf-8"))
+        _check(folder, facts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrainingError(f"fastvit: {folder} is damaged ({_reason(error)})") from None
+    return Checkpoint(folder, facts)
 
 
 def _check(folder: Path, facts: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ def evaluate(
     batch_size: int = 128,
     workers: int = 0,
     dtype: str = "float32",
+    device: torch.device | None = None,
     show: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Evaluate a classifier of uint8 images, in eval mode and without gradients; its mode of before returns.
@@ -45,6 +46,7 @@ def evaluate(
         size: (height, width) of the images; None: what the model's config says.
         workers: processes that decode.
         dtype: "bfloat16" by autocast.
+        device: where the model wants its images; None: where its parameters are.
         show: called with how many of how many batches are done.
 
     Raises:
@@ -56,7 +58,8 @@ def evaluate(
     batches = Batches(
         opened, batch_size, size=size or size_of(model), train=False, augmentation=Augmentation(), workers=workers
     )
-    return measured(model, _counted(batches.epoch(0), batches.steps, show), autocast_of(model, dtype), device_of(model))
+    counted = _counted(batches.epoch(0), batches.steps, show)
+    return measured(model, counted, autocast_of(model, dtype), device or device_of(model))
 
 
 def measured(

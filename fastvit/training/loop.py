@@ -211,9 +211,7 @@ class Loop:
     def finish(self) -> None:
         """model.safetensors, with the averaged weights where there are any; the bare model has them from now on."""
         if self.average is not None:
-            with torch.no_grad():
-                for p, averaged in zip(self.average.parameters, self.average.tensors.values(), strict=True):
-                    p.copy_(averaged)
+            self.average.put()
         state = self.parallel.full_state(self.model)
         if self.parallel.is_main:
             checkpoints.write_whole(self.run / MODEL, state)

@@ -16,7 +16,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe, **options: Any) -> torch.op
 
     Left out of it are vectors (biases, norms, LayerScale) and ``model.no_weight_decay()``. ``options`` are for torch's.
     """
-    kept = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    network: Any = model
+    kept = network.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decayed = [p for name, p in trained.items() if p.dim() > 1 and name not in kept]
     others = [p for name, p in trained.items() if p.dim() <= 1 or name in kept]

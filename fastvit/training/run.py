@@ -72,8 +72,8 @@ def model_config(facts: Mapping[str, Any]) -> ViTConfig:
         TrainingError: they are none.
     """
     try:
-        return ViTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts["model"].items()})
-    except (TypeError, ValueError) as error:
+        return override(ViTConfig(), {k: tuple(v) if isinstance(v, list) else v for k, v in facts["model"].items()})
+    except (TypeError, ValueError, AttributeError) as error:
         raise TrainingError(f"fastvit: the model of {CONFIG} is none: {error}") from None
 
 

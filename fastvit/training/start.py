@@ -64,7 +64,7 @@ def train(
     show: Show | None = None,
     **options: Any,
 ) -> Trained:
-    """Train a Vision Transformer on labelled images, from the start or from a checkpoint with a new, zero head.
+    """Train a Vision Transformer on labelled images, from the original's random weights or from a checkpoint.
 
     ``out`` gets ``config.json`` (model, recipe, data), ``log.csv`` (a row for each step), ``checkpoints/step-000400``
     (weights, averaged weights, the optimiser's state; complete or absent) and at the end ``model.safetensors``. A
@@ -77,8 +77,8 @@ def train(
         model: a preset's name, or its options; the number of classes is the data's.
         recipe: "pretrain" or "finetune", or one made; ``options`` replace some of it.
         test: images to evaluate on; "" the place's own test split, None nothing.
-        checkpoint: weights to begin with, as in :func:`fastvit.load_checkpoint`, without their head; positions of
-            another resolution are interpolated.
+        checkpoint: weights to begin with, as in :func:`fastvit.load_checkpoint`, with a head of zeros in the place of
+            theirs (paper, section 3.2); positions of another resolution are interpolated.
         img_size: in pixels, of the images that the model sees.
         model_options: more options of :class:`fastvit.ViTConfig`.
         backend: of the ops, as in :func:`fastvit.backend`.
@@ -111,9 +111,7 @@ def train(
             torch.manual_seed(chosen.seed)
             network = VisionTransformer(config)
             if checkpoint is not None and found is None:
-                from ..checkpoints import load_checkpoint
-
-                load_checkpoint(network, checkpoint, weights_only=weights_only, drop_head=True)
+                _fill(network, checkpoint, weights_only)
             batches, tests = (
                 None if images is None else _batches(images, config, chosen, process, workers, images is source)
                 for images in (source, tested)
@@ -142,22 +140,32 @@ def _ran(loop: Loop, found: checkpoints.Checkpoint | None, facts: Mapping[str, A
 
 
 def _start(checkpoint: object) -> dict[str, Any]:
-    return {} if checkpoint is None else {"weight_init": "zero_head"}
+    """The original's first weights, or those of a file with a new head of zeros (paper, section 3.2)."""
+    return {"weight_init": "jax" if checkpoint is None else "zero_head"}
+
+
+def _fill(network: VisionTransformer, checkpoint: str | PathLike[str], weights_only: bool | None) -> None:
+    """A file's weights, all but the head, which is of zeros even where the file has one for as many classes."""
+    from ..checkpoints import load_checkpoint
+
+    load_checkpoint(network, checkpoint, weights_only=weights_only, drop_head=True)
+    for parameter in network.head.parameters():
+        torch.nn.init.zeros_(parameter)
 
 
 def _sources(data: "str | Source", test: "str | Source | None") -> "tuple[Source, Source | None]":
     from fastvit.data import open_source
 
     source = open_source(data, "train") if isinstance(data, str) else data
-    if test == "" and isinstance(data, str):
-        test = data
-    tested = open_source(test, "test") if isinstance(test, str) and test else test or None
-    if tested is not None and not isinstance(tested, str) and list(tested.classes) != list(source.classes):
+    if isinstance(test, str):
+        place = test or (data if isinstance(data, str) else "")
+        test = open_source(place, "test") if place else None
+    if test is not None and list(test.classes) != list(source.classes):
         raise TrainingError(
-            f"fastvit: the test images have {len(tested.classes)} classes, the others {len(source.classes)}, "
+            f"fastvit: the test images have {len(test.classes)} classes, the others {len(source.classes)}, "
             "and they must be the same ones in the same order"
         )
-    return source, tested  # type: ignore[return-value]
+    return source, test
 
 
 def _batches(
