@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .checkpoints import safetensors_torch
 from .error import TrainingError
 from .tensor_parallel import join, split, split_names
 
@@ -45,8 +46,9 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
     """Write into a folder, which is made if need be and else is empty; every process calls it.
 
     Raises:
-        TrainingError: on every process, when one could not write.
+        TrainingError: on every process, when one could not write. ImportError: safetensors is not installed.
     """
+    safetensors_torch()
     tensors, _ = _read(model, optimizer if optimizer is not None and optimizer.state else None, averages)
     written = {str(key): _with_dimension(t.detach()) for key, t in _joined(model, tensors).items()}
     with _one_error(f"fastvit: cannot write {folder}"), _single_process_is_fine():
@@ -60,9 +62,11 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
         TrainingError: on every process, before anything is changed: files that cannot be read, or tensors that are
             missing or of other shapes.
     """
+    safetensors_torch()
     with _one_error(f"fastvit: cannot read {folder}"):
         reader = dcp.HuggingFaceStorageReader(str(folder))
-        there = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+        entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        there = {name: tuple(entry.size) for name, entry in entries.items()}
     trained = any(name.startswith("optimizer/") for name in there)
     if optimizer is not None:
         optimizer.zero_grad(set_to_none=True)  # get_optimizer_state_dict makes no state while there are gradients
@@ -134,7 +138,7 @@ def _read(
     tensors = {Key("model", name): t for name, t in get_model_state_dict(model).items() if isinstance(t, Tensor)}
     prefix = "module." if isinstance(model, DistributedDataParallel) else ""
     tensors |= {Key("average", name.removeprefix(prefix)): t for name, t in (averages or {}).items()}
-    state: dict[str, Any] = {}
+    state: Any = {}
     if optimizer is not None:
         state = get_optimizer_state_dict(model, optimizer)
         for name, its in state["state"].items():

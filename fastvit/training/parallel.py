@@ -34,6 +34,9 @@ class Parallel:
         device: where this process computes.
         data_rank, data_world: which share of the data this process reads, of how many.
         optimizer_options: what ``torch.optim`` has to be told, as keywords.
+
+    Under tensor parallelism dropout inside a layer (of attention's rows, of hidden units) draws the same pattern for
+    every process's share; elsewhere it is what one process would draw.
     """
 
     def __init__(self, mode: str, device: torch.device, rank: int = 0, world: int = 1, owner: bool = False) -> None:
@@ -106,6 +109,9 @@ class Parallel:
         if self.mode == "none":
             return model
         if self.mode == "ddp":
+            for parameter in model.parameters():
+                if 1 in parameter.shape:
+                    parameter.register_hook(_in_order)
             ids = [self.device.index] if self.device.type == "cuda" else None
             return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
         if self.mode == "tp":
@@ -238,6 +244,11 @@ class Parallel:
         if self._owner and dist.is_initialized():
             dist.destroy_process_group()
         self._owner = False
+
+
+def _in_order(gradient: Tensor) -> Tensor:
+    """With a new tensor's strides: the only row of a slice has those of the whole, of which DDP warns."""
+    return gradient.flatten().view(gradient.shape)
 
 
 def _alone(device: str) -> torch.device:

@@ -5,6 +5,7 @@ Each of W processes computes H / W heads of the attention and F / W hidden units
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,14 @@ class HeadsParallel(ParallelStyle):
     def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
         module.qkv = HeadsLinear(module.qkv, device_mesh)
         module.num_heads //= device_mesh.size()
+        for parameter in (*module.q_norm.parameters(), *module.k_norm.parameters()):
+            parameter.register_hook(partial(_summed, device_mesh))
         return module
+
+
+def _summed(mesh: DeviceMesh, gradient: Tensor) -> Tensor:
+    """The gradient of what all heads share, from what each process's own heads say of it."""
+    return DTensor.from_local(gradient, mesh, [Partial()], run_check=False).full_tensor()
 
 
 def check(config: ViTConfig, world: int) -> None:
