@@ -66,10 +66,8 @@ def hugging_face(place: str, split: str) -> HuggingFace:
         if not silent:
             datasets.enable_progress_bars()
     parts: dict[str, Any] = dict(found) if isinstance(found, dict) else {"train": found}
-    name = next((name for name in NAMES[split] if name in parts), None)
-    divided = len(parts) > 1
-    if not divided:
-        name = next(iter(parts), None)
+    whole = list(parts) == ["train"]  # what `datasets` calls everything that nobody has divided
+    name = "train" if whole else next((name for name in NAMES[split] if name in parts), None)
     if name is None:
         raise DataError(f"hf:{place}: no {split} set (looked for {', '.join(NAMES[split])}; found {', '.join(parts)})")
     rows = parts[name]
@@ -78,7 +76,7 @@ def hugging_face(place: str, split: str) -> HuggingFace:
         raise DataError(f"hf:{place}: column {image!r} is {rows.features[image]}, expected Image")
     classes, labels = _labels(rows, label, f"hf:{place}")
     rows = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    if not divided:
+    if whole:
         mine = stratified(labels, [str(number) for number in range(len(labels))], split)
         rows, labels = rows.select(mine), [labels[number] for number in mine]
     return HuggingFace(Path(place).name, classes, rows, image, labels)

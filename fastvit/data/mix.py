@@ -21,7 +21,7 @@ class Mix:
         """Mixed images, uint8 (B, C, height, width), and targets, fp32 (B, K) of which each row sums to 1."""
         if self.box is None:
             whole = images.float()
-            images = whole.mul(self.lam).add_(whole.flip(0), alpha=1 - self.lam).round_().to(torch.uint8)
+            images = (whole * self.lam + whole.flip(0) * (1 - self.lam)).round_().to(torch.uint8)
         else:
             top, bottom, left, right = self.box
             partner, images = images.flip(0), images.clone()

@@ -107,8 +107,7 @@ def _paths(pattern: str, split: str) -> tuple[list[Path], bool]:
         return _existing(pattern), word is not None
     tried = []
     for other in NAMES[split]:
-        # how many shards the other split has, the range does not say
-        renamed = _BRACES.sub(lambda braces: "*" if ".." in braces[1] else braces[0], name)
+        renamed = _BRACES.sub("*", name)  # how many shards the other split has, the range does not say
         if _SPLIT.search(name):
             tried.append(os.path.join(directory, _SPLIT.sub(other, renamed)))
         else:
@@ -121,7 +120,7 @@ def _paths(pattern: str, split: str) -> tuple[list[Path], bool]:
 def _existing(pattern: str) -> list[Path]:
     found: list[Path] = []
     for one in _expanded(pattern):
-        matched = sorted(glob.glob(one)) if glob.has_magic(one) else [one] * os.path.isfile(one)
+        matched = [one] if os.path.isfile(one) else sorted(glob.glob(one))
         if not matched:
             reason = "no shard matches" if glob.has_magic(one) else "missing shard"
             raise DataError(f"{one}: {reason}" + (f" (of {pattern})" if one != pattern else ""))
