@@ -1,4 +1,7 @@
-"""What each process of tests/test_parallel.py does. torchrun starts it with a folder, where it leaves what it saw."""
+"""What the processes of tests/test_parallel.py do, two of them and then four; in a folder they leave what they saw.
+
+They are started as torchrun starts its own, but forked, for importing torch takes longer than all that they do.
+"""
 
 import sys
 import warnings
@@ -7,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.fsdp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import fastvit
 from fastvit import backends
@@ -74,6 +81,7 @@ def train_and_save(parallel: Parallel, folder: Path) -> dict[str, Any]:
     optimizer = optimizer_of(parallel, model)
     seen = steps(parallel, model, optimizer, range(SAVED_AFTER))
     parallel.save(folder / parallel.mode, model, optimizer, averages_of(model))
+    saved = parallel.full_state(model)
     with torch.no_grad():  # between steps: what evaluation keeps must not survive them
         model.eval()(batch(99)[0])
     seen += steps(parallel, model.train(), optimizer, range(SAVED_AFTER, STEPS))
@@ -82,7 +90,7 @@ def train_and_save(parallel: Parallel, folder: Path) -> dict[str, Any]:
         for p in model.parameters():
             p.mul_(0.5)
         halved = model(batch(99)[0])
-    return {"steps": seen, "logits": logits, "halved": halved, "state": parallel.full_state(model)}
+    return {"steps": seen, "logits": logits, "halved": halved, "saved": saved}
 
 
 def slopes(parallel: Parallel, folder: Path) -> dict[str, Any]:
@@ -175,6 +183,7 @@ def read(parallel: Parallel, folder: Path, writer: str) -> dict[str, Any]:
     }
 
 
+@record
 def main(folder: Path) -> None:
     warnings.simplefilter("error")
     first = Parallel.start("auto", "cpu")
@@ -196,6 +205,13 @@ def main(folder: Path) -> None:
     first.stop()
 
 
+def launch(folder: Path, processes: int) -> None:
+    where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(processes)}
+    nodes = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": processes, "max_restarts": 0}
+    elastic_launch(LaunchConfig(**where, **nodes, start_method="fork", monitor_interval=0.1), main)(folder)
+
+
 if __name__ == "__main__":
     with fastvit.backend("cpu"):
-        main(Path(sys.argv[1]))
+        for number in (2, 4):
+            launch(Path(sys.argv[1]), number)

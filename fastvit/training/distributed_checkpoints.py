@@ -195,21 +195,27 @@ def _check(there: dict[str, tuple], wanted: dict[str, tuple]) -> None:
 @contextmanager
 def _one_error(what: str) -> Iterator[None]:
     """Any error inside, of any process, as one TrainingError on all of them."""
-    error = ""
+    together = dist.is_initialized()
+    own: BaseException | None = None
+    rank = dist.get_rank() if together else 0
     try:
         yield
-    except Exception as e:
-        causes = list(e.failures.values()) if isinstance(e, dcp.CheckpointException) else [(e, None)]
-        first = causes[0][0]
-        error = f"{type(first).__name__}: {first}" if not isinstance(first, ValueError) else str(first)
-    errors: list[Any] = [error]
-    if dist.is_initialized():
-        errors = [""] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-    for rank, text in enumerate(errors):
-        if text:
-            where = f" (process {rank})" if len(errors) > 1 else ""
-            raise TrainingError(f"{what}: {' '.join(text.split())}{where}") from None
+    except dcp.CheckpointException as error:  # no Exception, and already the same on all
+        rank, (own, _) = next(iter(error.failures.items()))
+    except Exception as error:
+        own = error
+    reasons: list[Any] = [None if own is None else (rank, _reason(own))]
+    if together:
+        mine, reasons = reasons[0], [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, mine)
+    for rank, reason in filter(None, reasons):
+        raise TrainingError(f"{what}: {reason}" + (f" (process {rank})" if together else "")) from own
+
+
+def _reason(error: BaseException) -> str:
+    """In one line."""
+    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    return kind + (getattr(error, "strerror", None) or " ".join(str(error).split()))
 
 
 @contextmanager
