@@ -133,9 +133,8 @@ def test_an_image_that_cannot_be_read(workers):
     made = batches(Listed(broken=9), train=False, workers=workers)
     found = made.epoch(0)
     next(found), next(found)
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(DataError, match=r"^image-9.png: unreadable$"):
         next(found)
-    assert str(raised.value) == "image-9.png: unreadable"
     assert_same(made.epoch(0, start=3), batches(Listed(), train=False).epoch(0, start=3))
 
 
@@ -181,14 +180,14 @@ def test_crops_are_distributed_as_torchvisions():
         (90, 9, (0.9, 1.0)),
     ):
         rng, image = np.random.default_rng(1), torch.empty(3, height, width)
-        ours = torch.tensor([crop_box(height, width, scale, rng) for _ in range(1500)]).double()
+        ours = torch.tensor([crop_box(height, width, scale, rng) for _ in range(600)]).double()
         theirs = torch.tensor(
-            [transforms.RandomResizedCrop.get_params(image, scale, RATIO) for _ in range(1500)]
+            [transforms.RandomResizedCrop.get_params(image, scale, RATIO) for _ in range(600)]
         ).double()
         assert (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all()
         assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
         for of_ours, of_theirs in zip(ours.T, theirs.T, strict=True):
-            deviation = max(of_theirs.std(), of_ours.std()) / 1500**0.5
+            deviation = max(of_theirs.std(), of_ours.std()) / 600**0.5
             assert abs(of_ours.mean() - of_theirs.mean()) <= 5 * 2**0.5 * deviation
             assert abs(of_ours.std() - of_theirs.std()) <= 5 * 2**0.5 * deviation
 

@@ -77,18 +77,9 @@ class Batches:
         if not self.steps:
             wanted = f"one global batch has {whole}" if train else "expected at least one"
             raise DataError(f"{source.name}: {count} images, but {wanted}")
-        made = _Steps(
-            source,
-            batch_size,
-            (size[0], size[1]),
-            train,
-            augmentation,
-            seed,
-            rank,
-            world,
-            resample,
-            1.0 if train else crop_pct,
-        )
+        in_evaluation = 1.0 if train else crop_pct
+        shape = size[0], size[1]
+        made = _Steps(source, batch_size, shape, train, augmentation, seed, rank, world, resample, in_evaluation)
         self._order = _Order(self.steps)
         self._loader: DataLoader[Any] = DataLoader(
             made,
@@ -120,8 +111,10 @@ class Batches:
         self._order.epoch, self._order.start = epoch, start
         for batch in self._loader if start < self.steps else ():
             if isinstance(batch, DataError):
-                raise batch
-            yield batch
+                # a new one: this frame would hold itself by the traceback, and garbage waits seconds for its workers
+                raise DataError(*batch.args)
+            images, targets = batch  # a list where the loader has pinned them
+            yield images, targets
 
 
 class _Order(Sampler[tuple[int, int]]):
