@@ -197,8 +197,8 @@ PRESETS |= {
     if (name, side) != ("vit_base_r26_s32", 384)  # timm has none
 }
 
-# for images of 32 pixels, such as CIFAR's: DeiT's tiny on patches of 4, and a sixth of it that two CPU cores train
-for _name, (_dim, _depth, _heads, _ratio) in {"tiny": _SIZES["tiny"], "nano": (128, 6, 4, 2.0)}.items():
+# for images of 32 pixels, such as CIFAR's: DeiT's tiny on patches of 4, and a smaller one that two CPU cores train
+for _name, (_dim, _depth, _heads, _ratio) in {"tiny": _SIZES["tiny"], "nano": (64, 6, 4, 2.0)}.items():
     PRESETS[f"vit_{_name}_patch4_32"] = ViTConfig(
         img_size=32, patch_size=4, embed_dim=_dim, depth=_depth, num_heads=_heads, mlp_ratio=_ratio, num_classes=10
     )

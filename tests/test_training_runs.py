@@ -36,7 +36,7 @@ def names(out: Path) -> list[str]:
     return sorted(p.name for p in (out / "checkpoints").iterdir())
 
 
-def tested(out: Path) -> list[tuple[float, float, float]]:
+def evaluations(out: Path) -> list[tuple[float, float, float]]:
     return [(row["step"], row["test_loss"], row["top1"]) for row in read_log(out / "log.csv") if "top1" in row]
 
 
