@@ -15,7 +15,7 @@ import typer
 
 from . import models
 from .recipe_options import with_recipe_options
-from .terminal import Json, UsageError, as_usage_errors, backend_names, checked_name, finite, printable
+from .terminal import Json, UsageError, as_usage_errors, backend_names, checked_name, finite, printable, torch_device
 
 if TYPE_CHECKING:
     from fastvit.training.loop import Progress
@@ -60,6 +60,7 @@ def train(
     why = backends.why_unavailable(way)
     if why is not None:
         raise UsageError(f"--backend {way}: {why}")
+    torch_device(device)
     if checkpoint is not None and not checkpoint.exists():
         raise UsageError(f"{checkpoint}: no such checkpoint")
     kinds = (TrainingError, ValueError, TypeError, OSError)
