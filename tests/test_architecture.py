@@ -89,6 +89,18 @@ ARROWS = {
     "data": {"data", "images"},
     "figures": set(),
     "images": set(),
+    "training": {
+        "",  # its version
+        "training",
+        "analysis",
+        "backends",
+        "checkpoints",
+        "data",
+        "figures",
+        "model",
+        "ops",
+        *LEAVES,
+    },
     "kernels": set(),
     "benchmarks": set(),
 }
@@ -156,7 +168,7 @@ def test_kernels_import_torch_triton_and_their_shared_functions(path: Path) -> N
 
 @pytest.mark.parametrize("path", package_files("benchmarks"), ids=lambda path: path.name)
 def test_benchmarks_import_the_public_package(path: Path) -> None:
-    public = {"", "ops", "config", "backends", "benchmarks", "figures", "images"}
+    public = {"", "ops", "config", "backends", "benchmarks", "data", "figures", "images", "training"}
     if path.name == "aot.py":  # compiles the kernels themselves
         public.add("kernels")
     for name in imports(path, module_of(path)):
