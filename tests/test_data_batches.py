@@ -1,8 +1,10 @@
 """Batches: a function of seed, epoch, step and rank, whoever decodes and wherever they start; augmented as said."""
 
+import gc
 import math
 import pickle
 import random
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -138,6 +140,18 @@ def test_an_image_that_cannot_be_read(workers):
     assert_same(made.epoch(0, start=3), batches(Listed(), train=False).epoch(0, start=3))
 
 
+def test_the_error_does_not_hold_itself():
+    """What only a garbage collection frees, workers among it, is waited for."""
+    gc.disable()
+    try:
+        next(batches(Listed(broken=0), train=False).epoch(0))
+    except DataError as error:
+        held = weakref.ref(error)
+    finally:
+        gc.enable()
+    assert held() is None
+
+
 def test_a_label_without_a_class_and_an_image_too_elongated():
     source = Listed()
     source.classes = ["0", "1"]
@@ -190,6 +204,14 @@ def test_crops_are_distributed_as_torchvisions():
             deviation = max(of_theirs.std(), of_ours.std()) / 600**0.5
             assert abs(of_ours.mean() - of_theirs.mean()) <= 5 * 2**0.5 * deviation
             assert abs(of_ours.std() - of_theirs.std()) <= 5 * 2**0.5 * deviation
+
+
+def test_a_crops_aspect_ratio_is_log_uniform():
+    rng = np.random.default_rng(0)
+    boxes = torch.tensor([crop_box(1000, 1000, (0.2, 0.4), rng) for _ in range(3000)]).double()
+    logarithms = (boxes[:, 3] / boxes[:, 2]).log() / math.log(4 / 3)  # uniform in -1 .. 1
+    assert abs(logarithms.mean()) < 5 * (1 / 3) ** 0.5 / 3000**0.5
+    assert abs(logarithms.std() - (1 / 3) ** 0.5) < 0.02
 
 
 def test_a_crop_is_resized_as_pillow_does():
