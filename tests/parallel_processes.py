@@ -87,8 +87,9 @@ def train_and_save(parallel: Parallel, folder: Path) -> dict[str, Any]:
         model.eval()(batch(99)[0])
     seen += steps(parallel, model.train(), optimizer, range(SAVED_AFTER, STEPS))
     with torch.no_grad():
+        own = list(model.parameters())  # as an average of the weights has them
         logits = model.eval()(batch(99)[0])
-        for p in model.parameters():
+        for p in own:
             p.mul_(0.5)
         halved = model(batch(99)[0])
     return {"steps": seen, "logits": logits, "halved": halved, "saved": saved}
@@ -137,6 +138,15 @@ def ops_used(parallel: Parallel, folder: Path) -> list[str]:
     finally:
         backends.implementation = found
     return sorted(calls)
+
+
+def placed(parallel: Parallel, folder: Path) -> bool:
+    """Whether whole tensors become what the wrapped model has of them."""
+    model = parallel.wrap(make(folder))
+    local = parallel.local_tensors(model, torch.load(folder / "plain.pt", weights_only=True))
+    own = {name.removeprefix("module."): p.detach() for name, p in model.named_parameters()}
+    pairs = [[getattr(t, "_local_tensor", t) for t in (local[name], own[name])] for name in own]
+    return local.keys() == own.keys() and all(torch.equal(*pair) for pair in pairs)
 
 
 def message(call: Any) -> str:
@@ -194,6 +204,7 @@ def main(folder: Path) -> None:
             parallel = Parallel.start(mode, "cpu")
             seen[mode] = train_and_save(parallel, folder) | {"data": [parallel.data_rank, parallel.data_world]}
             seen[mode] |= {"slopes": slopes(parallel, folder), "ops": ops_used(parallel, folder)}
+            seen[mode] |= {"placed": placed(parallel, folder)}
             parallel.stop()
         tensor = Parallel.start("tp", "cpu")
         seen["dropout"] = with_dropout(tensor, folder)

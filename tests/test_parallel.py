@@ -206,10 +206,12 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(folder, alone, tmp_path)
         assert torch.equal(tensor, before[name]), name
 
 
-def test_a_lost_shard_is_told(folder, two, tmp_path):
-    kept = sorted((folder / "fsdp").glob("*.safetensors"))[0]
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_shard_is_told(lost, folder, two, tmp_path):
+    kept = sorted((folder / "fsdp").glob("*.safetensors"))[1 - lost]
     (tmp_path / kept.name).write_bytes(kept.read_bytes())
-    with pytest.raises(TrainingError, match="does not fit: "):
+    reason = "does not fit: .* expected" if lost else "a shard of .* is missing"
+    with pytest.raises(TrainingError, match=reason):
         ALONE.load(tmp_path, make(folder))
 
 
@@ -230,7 +232,8 @@ def test_nothing_of_a_checkpoint_is_pickled(folder, two):
     assert files == {".safetensors"}
 
 
-def test_whole_tensors_find_their_places(folder):
+def test_whole_tensors_find_their_places(folder, two):
+    assert all(seen[mode]["placed"] for seen in two for mode in MODES)
     model = make(folder)
     local = ALONE.local_tensors(model, {"blocks.0.attn.qkv.weight": torch.ones(96, 32)})
     assert torch.equal(local["blocks.0.attn.qkv.weight"], torch.ones(96, 32))

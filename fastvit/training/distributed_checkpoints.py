@@ -67,6 +67,9 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
         reader = dcp.HuggingFaceStorageReader(str(folder))
         entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
         there = {name: tuple(entry.size) for name, entry in entries.items()}
+        for name, entry in entries.items():  # the reader would leave the numbers of a lost file as they are
+            if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+                raise ValueError(f"a shard of {name} is missing")
     trained = any(name.startswith("optimizer/") for name in there)
     if optimizer is not None:
         optimizer.zero_grad(set_to_none=True)  # get_optimizer_state_dict makes no state while there are gradients
