@@ -1,5 +1,6 @@
 """Runs that are killed, interrupted, out of disk or damaged: what is left is whole, and they go on to the same bits."""
 
+import csv
 import errno
 import os
 import random
@@ -21,7 +22,7 @@ from training_runs import TINY, images, losses, run
 
 import fastvit
 from fastvit.training import TrainingError, checkpoints, evaluate, load_run, train
-from fastvit.training.log import read_log
+from fastvit.training.log import Log, read_log
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,16 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole: Path, tmp_path: Path, m
     assert names(tmp_path) == ["step-000007"]
     assert run(tmp_path).first == 7
     same(whole, tmp_path)
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
+    log = Log(tmp_path)
+    log.close()
+    log._file = open("/dev/full", "w")  # noqa: SIM115  (closed by close)
+    log._csv = csv.writer(log._file)
+    with pytest.raises(TrainingError, match=r"log\.csv cannot be written: No space left on device"):
+        log.write([{"step": 1, "loss": 2.0}])
+    log.close()
 
 
 def copied(whole: Path, out: Path) -> Path:

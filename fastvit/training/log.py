@@ -1,9 +1,12 @@
 """What a run leaves for people: log.csv, a row for each step, and TensorBoard's events on request."""
 
+import contextlib
 import csv
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from .error import TrainingError
 
 COLUMNS = (
     "step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "seconds", "test_loss", "top1", "top5"
@@ -36,7 +39,7 @@ class Log:
     """
 
     def __init__(self, run: Path, after: int = 0, tensorboard: bool = False) -> None:
-        path = run / "log.csv"
+        self._path = path = run / "log.csv"
         self._events = _writer(run / "tensorboard", after) if tensorboard else None
         old = [row for row in _lines(path) if row[:1] and row[0].isdecimal() and int(row[0]) <= after]
         draft = path.with_name(f".{path.name}.part")
@@ -47,7 +50,17 @@ class Log:
         self._csv = csv.writer(self._file)
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Rows of finished steps, visible to readers at once."""
+        """Rows of finished steps, visible to readers at once.
+
+        Raises:
+            TrainingError: they cannot be written, and why.
+        """
+        try:
+            self._write(rows)
+        except OSError as error:
+            raise TrainingError(f"fastvit: {self._path} cannot be written: {error.strerror or error}") from error
+
+    def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         for row in rows:
             self._csv.writerow([_cell(row.get(column)) for column in COLUMNS])
             if self._events is not None:
@@ -57,7 +70,8 @@ class Log:
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take was told by write
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
