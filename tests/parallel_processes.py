@@ -141,12 +141,17 @@ def ops_used(parallel: Parallel, folder: Path) -> list[str]:
 
 
 def placed(parallel: Parallel, folder: Path) -> bool:
-    """Whether whole tensors become what the wrapped model has of them."""
-    model = parallel.wrap(make(folder))
-    local = parallel.local_tensors(model, torch.load(folder / "plain.pt", weights_only=True))
+    """Whether whole tensors become what the wrapped model, of which the head alone trains, has of them."""
+    bare = make(folder, "normed").requires_grad_(False)
+    bare.head.requires_grad_(True)
+    model = parallel.wrap(bare)
+    local = parallel.local_tensors(model, torch.load(folder / "normed.pt", weights_only=True))
     own = {name.removeprefix("module."): p.detach() for name, p in model.named_parameters()}
     pairs = [[getattr(t, "_local_tensor", t) for t in (local[name], own[name])] for name in own]
-    return local.keys() == own.keys() and all(torch.equal(*pair) for pair in pairs)
+    loss_of(parallel, model, 0).backward()
+    slopes = gradients(parallel, model)
+    trained = not parallel.is_main or slopes["head.bias"].abs().max() > 0
+    return bool(trained) and local.keys() == own.keys() and all(torch.equal(*pair) for pair in pairs)
 
 
 def message(call: Any) -> str:

@@ -148,6 +148,26 @@ def test_fused_ops_run(two):
     assert two[1]["tp"]["ops"] == ["attention cpu", "layer_norm cpu", "linear cpu", "patch_embed cpu"]
 
 
+def test_a_block_is_run_by_the_encoder_unless_it_has_a_forward_of_its_own(folder):
+    class Same(fastvit.layers.Block):
+        pass
+
+    class Squared(fastvit.layers.Block):
+        def forward(self, x: Tensor, *args: Any) -> Tensor:
+            return super().forward(x, *args).square()
+
+    logits = {}
+    for kind in (fastvit.layers.Block, Same, Squared):
+        model = make(folder).eval()
+        model.blocks[1].__class__ = kind
+        with torch.no_grad(), fastvit.backend("cpu"):
+            logits[kind] = model.forward_features(batch(0)[0]), model.blocks[1](torch.ones(1, 7, 32))
+    plain, same, squared = logits.values()
+    assert torch.equal(same[0], plain[0])
+    assert torch.equal(squared[1], plain[1].square())
+    assert not torch.allclose(squared[0], plain[0], atol=1e-3)
+
+
 def test_dropout_leaves_whole_parameters_alike(two):
     first, second = (seen["dropout"] for seen in two)
     assert {"pos_embed", "blocks.0.norm1.weight", "blocks.1.ls2.gamma", "head.weight"} <= first.keys()

@@ -110,7 +110,7 @@ class Parallel:
             return model
         if self.mode == "ddp":
             for parameter in model.parameters():
-                if 1 in parameter.shape:
+                if parameter.requires_grad and 1 in parameter.shape:
                     parameter.register_hook(_in_order)
             ids = [self.device.index] if self.device.type == "cuda" else None
             return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)

@@ -60,7 +60,8 @@ class HeadsParallel(ParallelStyle):
         module.qkv = HeadsLinear(module.qkv, device_mesh)
         module.num_heads //= device_mesh.size()
         for parameter in (*module.q_norm.parameters(), *module.k_norm.parameters()):
-            parameter.register_hook(partial(_summed, device_mesh))
+            if parameter.requires_grad:
+                parameter.register_hook(partial(_summed, device_mesh))
         return module
 
 
