@@ -59,7 +59,8 @@ def curves(runs: Mapping[str, Path]) -> Any:
 
 
 def rollout(model: torch.nn.Module, source: Any) -> Any:
-    """Attention rollout (paper, figure 6) from the class token, or all patches without one, over a source's images."""
+    """Attention rollout (paper, figure 6) over a source's first images, of what the model pools: the class token, or
+    the mean of all patches."""
     from fastvit.data import Augmentation, Batches
 
     batches = Batches(source, SHOWN, size=size_of(model), train=False, augmentation=Augmentation())
@@ -68,8 +69,10 @@ def rollout(model: torch.nn.Module, source: Any) -> Any:
     with torch.no_grad():
         rolled = analysis.attention_rollout(model, images)
         grid = analysis.patch_grid(model, images)
-    prefix = rolled.shape[-1] - grid[0] * grid[1]
-    weights = analysis.patch_maps(rolled[:, 0] if prefix else rolled.mean(1), grid).float().cpu()
+    rows = rolled[:, -grid[0] * grid[1] :].mean(1)
+    if getattr(model, "global_pool", "token") == "token":
+        rows = rolled[:, 0]
+    weights = analysis.patch_maps(rows, grid).float().cpu()
     pictures: Sequence[torch.Tensor] = [image.permute(1, 2, 0).float().cpu() / 255 for image in images]
     pictures = [p.expand(-1, -1, 3) if p.shape[-1] == 1 else p for p in pictures]
     return figures.attention(pictures, list(weights), "attention rollout")
