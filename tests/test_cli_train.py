@@ -18,7 +18,7 @@ from fastvit import cli
 from fastvit.training.log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ("--model", "vit_nano_patch4_32", "--device", "cpu")
+SMALL = ("--model", "vit_nano_patch8_32", "--device", "cpu")
 SHORT = (*SMALL, "--recipe", "pretrain", "--steps", "3", "--batch-size", "4", "--warmup-steps", "1", "--lr", "1e-3")
 
 
@@ -88,7 +88,7 @@ def test_the_same_command_goes_on(call, sets: Path, tmp_path: Path) -> None:
 
 def test_probes(call, sets: Path, tmp_path: Path) -> None:
     place = f"cifar10:{sets / 'python'}"
-    model = fastvit.create_model("vit_nano_patch4_32")
+    model = fastvit.create_model("vit_nano_patch8_32")
     from safetensors.torch import save_file
 
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
