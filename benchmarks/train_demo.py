@@ -37,7 +37,7 @@ RECIPE: dict[str, Any] = {
     # a second moment that remembers a thousand steps lets Adam overshoot while so small a model takes off, and two runs
     # that differ in a rounding part: their losses are then 1e-2 apart after a hundred steps
     "betas": (0.9, 0.95),
-    "warmup_steps": 400,
+    "warmup_steps": 600,
     "weight_decay": 0.05,
     "dropout": 0.0,
     "label_smoothing": 0.1,
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     pictures.check()
     options = {**RECIPE, "seed": asked.seed}
     if asked.steps:
-        options |= {"epochs": 0.0, "steps": asked.steps, "warmup_steps": min(400, asked.steps - 1)}
+        options |= {"epochs": 0.0, "steps": asked.steps, "warmup_steps": min(600, asked.steps - 1)}
     runs = dict(list(RUNS.items())[: 1 if asked.no_eager else 2])
     print(f"{'run':<8} {'steps':>5} {'loss':>8} {'top-1':>8} {'seconds':>8} {'images/s':>9}")
     found = {}
