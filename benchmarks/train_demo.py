@@ -33,7 +33,7 @@ RECIPE: dict[str, Any] = {
     "recipe": "pretrain",
     "epochs": 60.0,
     "batch_size": 64,
-    "lr": 1e-3,
+    "lr": 7e-4,
     # a second moment that remembers a thousand steps lets Adam overshoot while so small a model takes off, and two runs
     # that differ in a rounding part: their losses are then 1e-2 apart after a hundred steps
     "betas": (0.9, 0.95),
