@@ -22,16 +22,15 @@ from .commands.bench_ops import bench_ops
 from .commands.classify import classify
 from .commands.convert import convert
 from .commands.embed import embed
-from .commands.figures import figures
 from .commands.evaluate import evaluate
+from .commands.figures import figures
 from .commands.info import info
 from .commands.profile import profile
 from .commands.terminal import UsageError, reason
 from .commands.train import train
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Fused Vision Transformers.")
-for command in (info, classify, attention, figures, embed, convert, bench, bench_ops, profile):
-for command in (info, classify, attention, convert, bench, bench_ops, profile, train, evaluate):
+for command in (info, classify, attention, figures, embed, convert, train, evaluate, bench, bench_ops, profile):
     app.command()(command)
 
 
