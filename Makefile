@@ -11,7 +11,7 @@ ARGS   ?=
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help build lint test test-full mutants sanitize memcheck static compatibility bench bench-ops bench-peers tune plot readme gpu gpu-quick clean
+.PHONY: help build lint test test-full mutants sanitize memcheck static compatibility bench bench-ops bench-peers train-demo tune plot readme gpu gpu-quick clean
 
 py      := $(VENV)/bin/python
 pip     := $(py) -m pip install -q --disable-pip-version-check
@@ -80,6 +80,9 @@ bench-ops: $(VENV)/.built ## every op against eager, SDPA's backends, torch.comp
 
 bench-peers: $(VENV)/.peers ## ViT-S/16 and B/16 against ONNX Runtime, OpenVINO, zentorch, torch.compile, transformers, torchvision
 	$(py) -m fastvit bench --grid peers --peers --backend auto --seconds 8 --results $(RESULTS) $(ARGS)
+
+train-demo: $(VENV)/.built ## a small ViT on handwritten digits from scratch, by fastvit and in eager: accuracy, curves, where it looks
+	$(py) -m fastvit.benchmarks.train_demo build/train-demo $(ARGS)
 
 plot: $(VENV)/.installed ## draw the rows in RESULTS=build/bench again
 	$(py) -m fastvit.benchmarks.plot $(RESULTS)

@@ -93,6 +93,6 @@ def _writer(folder: Path, after: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ImportError(
-            'fastvit.training: TensorBoard is not installed:  pip install "fastvit[train]" tensorboard'
+            'fastvit.training: TensorBoard is not installed:  pip install "fastvit[train]"'
         ) from None
     return SummaryWriter(str(folder), purge_step=after + 1)
