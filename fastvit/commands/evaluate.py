@@ -39,7 +39,7 @@ def evaluate(
     l2: Annotated[float, typer.Option(min=0, help="Regularisation of the two.  [default: 0.001, 0.1]")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Which images --few-shot takes.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+    workers: models.Workers = None,
     dtype: models.Dtype = "float32",
     device: models.Device = "",
     backend: models.Backend = "",

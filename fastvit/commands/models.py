@@ -40,6 +40,10 @@ Std = Annotated[str, typer.Option(help="Likewise.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Backend = Annotated[str, typer.Option(help="Backend of the ops.  [default: auto]")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=0, help="Processes that decode images.  [default: half of the cores; none for images in memory]"),
+]
 NoAccelerate = Annotated[bool, typer.Option("--no-accelerate", help="Plain PyTorch, on the reference backend.")]
 
 

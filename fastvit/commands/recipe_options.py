@@ -1,7 +1,7 @@
 """A recipe's fields as options of a command, from the one place that names and explains them."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ from .terminal import UsageError
 
 def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option for each field of a recipe; those given reach it as the mapping ``recipe_options``."""
-    from fastvit.training.recipe import Recipe  # data alone
+    from fastvit.training.recipe import RECIPES, Recipe  # data alone
 
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "recipe_options"]
     added = [
@@ -20,7 +20,10 @@ def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[_asked(field.type) | None, typer.Option(help=field.metadata["help"])],
+            annotation=Annotated[
+                _asked(field.type) | None,
+                typer.Option(help=f"{field.metadata['help']}  [{_defaults(field.name, RECIPES)}]"),
+            ],
         )
         for field in fields(Recipe)
     ]
@@ -35,6 +38,14 @@ def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     called.__annotations__ = {p.name: p.annotation for p in parameters}
     return called
+
+
+def _defaults(name: str, recipes: Mapping[str, Any]) -> str:
+    """A field's value in each recipe."""
+    values = {recipe: getattr(options, name) for recipe, options in recipes.items()}
+    same = len(set(values.values())) == 1
+    shown = [("default" if same else recipe, value) for recipe, value in values.items()][: 1 if same else None]
+    return "; ".join(f"{label}: {','.join(map(str, v)) if isinstance(v, tuple) else v}" for label, v in shown)
 
 
 def _asked(kind: Any) -> Any:

@@ -36,7 +36,7 @@ def train(
     test: Annotated[str, typer.Option(help="Images to evaluate on, or none.  [default: the data's test split]")] = "",
     resume: Annotated[str, typer.Option(help="auto, never or must.")] = "auto",
     parallel: Annotated[str, typer.Option(help="auto, none, ddp, fsdp or tp; processes come from torchrun.")] = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+    workers: models.Workers = None,
     device: models.Device = "",
     backend: models.Backend = "",
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's events.")] = False,

@@ -1,5 +1,6 @@
 """Batches of a source that are a function of seed, epoch, step and rank, and of nothing else."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +37,8 @@ class Batches:
         train: shuffled and augmented, or in order and as they are.
         augmentation: applied in training alone.
         seed: at least 0.
-        workers: processes that decode and augment; 0 does it in this one. They live as long as this object.
+        workers: processes that decode and augment; 0 does it in this one. They live as long as this object. None: none
+            for images in memory, else half of the cores that this process has beside others of its machine.
         rank, world: of the processes among which the data are divided.
         resample: "bicubic" or "bilinear", antialiased.
         crop_pct: the share of a side that evaluation's centre crop keeps of an image not yet of `size`.
@@ -58,12 +60,14 @@ class Batches:
         train: bool,
         augmentation: Augmentation,
         seed: int = 0,
-        workers: int = 0,
+        workers: int | None = None,
         rank: int = 0,
         world: int = 1,
         resample: str = "bicubic",
         crop_pct: float = 1.0,
     ) -> None:
+        if workers is None:
+            workers = 0 if isinstance(source, InMemory) else _half_of_the_cores(world)
         _check(batch_size=(batch_size, 1), workers=(workers, 0), world=(world, 1), rank=(rank, 0), seed=(seed, 0))
         _check(height=(size[0], 1), width=(size[1], 1))
         if rank >= world:
@@ -205,6 +209,12 @@ class _Steps(Dataset[Any]):
         height, width = image.shape[-2:]
         top, left, high, wide = augment.crop_box(height, width, scale, rng)
         return augment.resized(image[..., top : top + high, left : left + wide], self.size, self.resample)
+
+
+def _half_of_the_cores(world: int) -> int:
+    """At least one; of a machine with GPUs each serves one process."""
+    sharing = min(world, torch.cuda.device_count() or world)
+    return max(1, (os.cpu_count() or 1) // (2 * sharing))
 
 
 def _as_it_is(batch: Any) -> Any:

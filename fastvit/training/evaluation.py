@@ -32,7 +32,7 @@ def evaluate(
     split: str = "test",
     size: tuple[int, int] | None = None,
     batch_size: int = 128,
-    workers: int = 0,
+    workers: int | None = None,
     dtype: str = "float32",
     device: torch.device | None = None,
     show: Callable[[int, int], None] | None = None,
@@ -44,7 +44,7 @@ def evaluate(
         source: labelled images, or a place as in :func:`fastvit.data.open_source`.
         split: of a place.
         size: (height, width) of the images; None: what the model's config says.
-        workers: processes that decode.
+        workers: processes that decode, as in :class:`fastvit.data.Batches`.
         dtype: "bfloat16" by autocast.
         device: where the model wants its images; None: where its parameters are.
         show: called with how many of how many batches are done.

@@ -92,7 +92,5 @@ def _writer(folder: Path, after: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ImportError(
-            'fastvit.training: TensorBoard is not installed:  pip install "fastvit[train]"'
-        ) from None
+        raise ImportError('fastvit.training: TensorBoard is not installed:  pip install "fastvit[train]"') from None
     return SummaryWriter(str(folder), purge_step=after + 1)

@@ -34,7 +34,7 @@ def features(
     *,
     size: tuple[int, int] | None = None,
     batch_size: int = 128,
-    workers: int = 0,
+    workers: int | None = None,
     dtype: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     """What a frozen model gives its head for each image: (n, D) fp32 and labels (n,), on the CPU.
@@ -131,7 +131,7 @@ def few_shot(
     l2: float = 0.1,
     seed: int = 0,
     batch_size: int = 128,
-    workers: int = 0,
+    workers: int | None = None,
 ) -> Evaluation:
     """Few-shot accuracy: :func:`ridge` on the features of ``shots`` random images of each class, on the test images.
 
@@ -157,7 +157,7 @@ def linear_probe(
     *,
     l2: float = 1e-3,
     batch_size: int = 128,
-    workers: int = 0,
+    workers: int | None = None,
 ) -> Evaluation:
     """Accuracy of a linear layer trained on a frozen model's features: :func:`logistic` on all images.
 
@@ -224,7 +224,7 @@ def _few(source: "Source", shots: int, seed: int) -> Chosen:
     return Chosen(source, numbers)
 
 
-def _scored(layer: Affine, model: nn.Module, tested: "Source", batch_size: int, workers: int) -> Evaluation:
+def _scored(layer: Affine, model: nn.Module, tested: "Source", batch_size: int, workers: int | None) -> Evaluation:
     x, labels = features(model, tested, batch_size=batch_size, workers=workers)
     scores = layer(x)
     best = scores.topk(min(5, scores.shape[1]), 1).indices == labels[:, None]

@@ -11,6 +11,7 @@ import torch
 
 from .. import backends
 from ..config import Size, ViTConfig, pair
+from ..initialize import zeroed
 from ..model import VisionTransformer
 from . import checkpoints
 from .error import TrainingError
@@ -58,7 +59,7 @@ def train(
     backend: str = "auto",
     device: str = "",
     parallel: str = "auto",
-    workers: int = 0,
+    workers: int | None = None,
     resume: str = "auto",
     tensorboard: bool = False,
     show: Show | None = None,
@@ -83,7 +84,7 @@ def train(
         model_options: more options of :class:`fastvit.ViTConfig`.
         backend: of the ops, as in :func:`fastvit.backend`.
         device, parallel: as in :meth:`fastvit.training.parallel.Parallel.start`.
-        workers: processes that decode images.
+        workers: processes that decode images, as in :class:`fastvit.data.Batches`.
         resume: "auto" goes on where there is a checkpoint, "must" always, "never" refuses a directory that has one.
         tensorboard: write its events, too.
         show: is told how far the run is.
@@ -149,8 +150,7 @@ def _fill(network: VisionTransformer, checkpoint: str | PathLike[str], weights_o
     from ..checkpoints import load_checkpoint
 
     load_checkpoint(network, checkpoint, weights_only=weights_only, drop_head=True)
-    for parameter in network.head.parameters():
-        torch.nn.init.zeros_(parameter)
+    zeroed(network.head)
 
 
 def _sources(data: "str | Source", test: "str | Source | None") -> "tuple[Source, Source | None]":
@@ -169,7 +169,7 @@ def _sources(data: "str | Source", test: "str | Source | None") -> "tuple[Source
 
 
 def _batches(
-    source: "Source", config: ViTConfig, recipe: Recipe, process: Parallel, workers: int, train: bool
+    source: "Source", config: ViTConfig, recipe: Recipe, process: Parallel, workers: int | None, train: bool
 ) -> "Batches":
     """This process's share of the images."""
     from fastvit.data import Augmentation, Batches
