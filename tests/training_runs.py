@@ -53,7 +53,7 @@ def losses(out: Path) -> list[tuple[float, float, float]]:
 def main(out: str, threads: str) -> None:
     """A run slow enough to be killed at any of its steps."""
     torch.set_num_threads(int(threads))
-    run(Path(out), show=lambda progress: time.sleep(0.01))
+    run(Path(out), show=lambda progress: time.sleep(0.04))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def train(
                 show=show,
                 **(recipe_options or {}),
             )
-        if not _is_main():
+        if not trained.is_main:
             return
         written = [str(path) for path in drawn(trained, data)] if drawn is not None else []
     _print(trained, name, written, json)
@@ -119,13 +119,6 @@ def _print(trained: "Trained", name: str, written: list[str], json: bool) -> Non
     rows += [("weights", printable(told["weights"])), *(("figure", printable(path)) for path in written)]
     for label, value in rows:
         print(f"{label:<9} {value}")
-
-
-def _is_main() -> bool:
-    """Whether this process of torchrun's, or this one process, is the one that prints."""
-    import torch.distributed as dist
-
-    return not dist.is_torchelastic_launched() or dist.get_node_local_rank(fallback_rank=0) == 0
 
 
 def _pictures() -> "Callable[[Trained, str], list[Path]]":

@@ -83,6 +83,7 @@ class Loop:
     def resume(self, checkpoint: checkpoints.Checkpoint) -> int:
         """Take a checkpoint's state; returns its step."""
         load_state(checkpoint.folder, self.parallel, self.model, self.optimizer, self.average)
+        self.seconds, self.images = float(checkpoint.facts["seconds"]), int(checkpoint.facts["images"])
         return checkpoint.step
 
     def go(self, first: int, log: Log | None) -> Row:

@@ -32,7 +32,8 @@ class Trained:
 
     model: in eval mode, with the averaged weights where the recipe averages. first: the step that it went on from, 0 at
     the beginning. loss: of the last step. evaluation: on the test images, None without them. seconds, images_per_s: of
-    this process's steps, without evaluations and checkpoints.
+    the run's steps, those before it was stopped included, without evaluations and checkpoints. is_main: whether this
+    is the first of the processes that trained it.
     """
 
     model: VisionTransformer
@@ -43,6 +44,7 @@ class Trained:
     evaluation: Evaluation | None
     seconds: float
     images_per_s: float
+    is_main: bool
 
 
 def train(
@@ -137,7 +139,9 @@ def _ran(loop: Loop, found: checkpoints.Checkpoint | None, facts: Mapping[str, A
     loop.finish()
     speed = loop.images / loop.seconds if loop.seconds else 0.0
     loss = float(row.get("loss", float("nan")))
-    return Trained(loop.model.eval(), loop.run, loop.steps, first, loss, evaluation, loop.seconds, speed)
+    return Trained(
+        loop.model.eval(), loop.run, loop.steps, first, loss, evaluation, loop.seconds, speed, loop.parallel.is_main
+    )
 
 
 def _start(checkpoint: object) -> dict[str, Any]:
