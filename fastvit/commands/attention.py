@@ -13,6 +13,7 @@ from .views import View, most_filters, read_pictures, shown, weights_of
 FIGURES = ("attention", "positions", "filters", "distance")
 
 
+@models.with_model_options
 def attention(
     output: Annotated[Path, typer.Option("--output", "-o", help="The figure: PNG, SVG or PDF.")],
     images: Annotated[list[str] | None, typer.Argument(help="Image files, directories, glob patterns.")] = None,
@@ -21,19 +22,8 @@ def attention(
     rollout: Annotated[bool, typer.Option("--rollout", help="All layers by attention rollout, not one.")] = False,
     head: Annotated[str, typer.Option(help="mean or max over the heads, or the number of one.")] = "mean",
     query: Annotated[str, typer.Option(help="Whose attention: cls, or a patch as row,column from 0.")] = "cls",
-    model: models.ModelName = "",
-    checkpoint: models.Checkpoint = None,
-    weights_only: models.WeightsOnly = False,
-    img_size: models.ImgSize = 0,
-    crop_pct: models.CropPct = 0.0,
-    mean: models.Mean = "",
-    std: models.Std = "",
-    device: models.Device = "",
-    dtype: models.Dtype = "float32",
-    backend: models.Backend = "",
-    no_accelerate: models.NoAccelerate = False,
-    random_weights: models.RandomWeights = False,
     json: Json = False,
+    asked: models.Request = models.OWN_CHOICE,
 ) -> None:
     """Draw where a model looks in images, from the attention of a model that stays fused.
 
@@ -50,20 +40,6 @@ def attention(
         raise UsageError(f"--figure {kind} needs images")
     with as_usage_errors(figures.FigureError):
         figures.check_target(output)
-    asked = models.Request(
-        model=model,
-        checkpoint=checkpoint,
-        random_weights=random_weights,
-        weights_only=weights_only,
-        img_size=img_size,
-        crop_pct=crop_pct,
-        mean=mean,
-        std=std,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        no_accelerate=no_accelerate,
-    )
     loaded = models.load(asked, classifier=False)
     failures: list[str] = []
     pictures = []

@@ -32,48 +32,26 @@ class Guess:
     probability: float
 
 
+@models.with_model_options
 def classify(
     images: Annotated[list[str], typer.Argument(help="Image files, directories of images, glob patterns.")],
-    model: models.ModelName = "",
-    checkpoint: models.Checkpoint = None,
     labels: Annotated[Path | None, typer.Option(help="Labels: one a line, or JSON.  [default: the numbers]")] = None,
     topk: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 16,
-    weights_only: models.WeightsOnly = False,
-    img_size: models.ImgSize = 0,
-    crop_pct: models.CropPct = 0.0,
-    mean: models.Mean = "",
-    std: models.Std = "",
-    device: models.Device = "",
-    dtype: models.Dtype = "float32",
-    backend: models.Backend = "",
-    no_accelerate: models.NoAccelerate = False,
-    random_weights: models.RandomWeights = False,
     json: Json = False,
+    asked: models.Request = models.OWN_CHOICE,
 ) -> None:
     """Name the likeliest classes of images.
 
     An image that cannot be read is named on stderr, the others are classified, and the exit code is 1.
     """
     named = read_labels(labels) if labels else None
-    asked = models.Request(
-        model=model,
-        checkpoint=checkpoint,
-        random_weights=random_weights,
-        weights_only=weights_only,
-        img_size=img_size,
-        crop_pct=crop_pct,
-        mean=mean,
-        std=std,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        no_accelerate=no_accelerate,
-    )
     loaded = models.load(asked)
     named = named or loaded.labels
     if named and len(named) != loaded.num_classes:
-        raise UsageError(f"{labels or checkpoint}: {len(named)} labels, but the model has {loaded.num_classes} classes")
+        raise UsageError(
+            f"{labels or asked.checkpoint}: {len(named)} labels, but the model has {loaded.num_classes} classes"
+        )
 
     from fastvit.images import find_images
 

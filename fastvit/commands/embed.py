@@ -25,6 +25,7 @@ _MOST_WORKERS = 16
 FEATURE_DTYPES = ("float32", "float16")
 
 
+@models.with_model_options
 def embed(
     sources: Annotated[list[str], typer.Argument(metavar="SRC", help="Files, directories (walked), glob patterns.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="A folder of parquet files.")],
@@ -34,19 +35,8 @@ def embed(
     shard: Annotated[int, typer.Option(min=1, help="Images in one file.")] = 10_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 32,
     workers: Annotated[int | None, typer.Option(min=0, help="To decode; 0: none.  [default: half the cores]")] = None,
-    model: models.ModelName = "",
-    checkpoint: models.Checkpoint = None,
-    weights_only: models.WeightsOnly = False,
-    img_size: models.ImgSize = 0,
-    crop_pct: models.CropPct = 0.0,
-    mean: models.Mean = "",
-    std: models.Std = "",
-    device: models.Device = "",
-    dtype: models.Dtype = "float32",
-    backend: models.Backend = "",
-    no_accelerate: models.NoAccelerate = False,
-    random_weights: models.RandomWeights = False,
     json: Json = False,
+    asked: models.Request = models.OWN_CHOICE,
 ) -> None:
     """Write the features of many images to a folder that pandas.read_parquet reads as one table.
 
@@ -57,27 +47,13 @@ def embed(
     pooling = checked_name(pool, POOLS, "pool", POOLS[0])
     stored = checked_name(feature_dtype, FEATURE_DTYPES, "feature-dtype", FEATURE_DTYPES[0])
     check_folder(output)
-    asked = models.Request(
-        model=model,
-        checkpoint=checkpoint,
-        random_weights=random_weights,
-        weights_only=weights_only,
-        img_size=img_size,
-        crop_pct=crop_pct,
-        mean=mean,
-        std=std,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        no_accelerate=no_accelerate,
-    )
     with started() as ranks:
         loaded = models.load(asked, classifier=False)
         embedded = _Embedded(loaded, extractor(loaded, asked_for, pooling), stored)
         width = embedded.width()
         manifest = {
             "model": loaded.name,
-            "weights sha256": digest_of_weights(checkpoint) if ranks.rank == 0 else "",
+            "weights sha256": digest_of_weights(asked.checkpoint) if ranks.rank == 0 else "",
             "what": asked_for,
             "pool": pooling,
             "width": width,

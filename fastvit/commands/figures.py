@@ -4,7 +4,7 @@ import csv
 import json as json_module
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,24 +35,15 @@ class Told:
     rows: "list[Row]" = field(default_factory=list)
 
 
+@models.with_model_options
 def figures(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A name, or a checkpoint: a file or a directory.")],
     images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Files, directories, glob patterns.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder for all figures.")],
     format: Annotated[str, typer.Option(help="Of the figures: png, svg or pdf.")] = "png",
     rollouts: Annotated[int, typer.Option(min=1, help="Images to show; distances are over all of them.")] = 24,
-    checkpoint: models.Checkpoint = None,
-    weights_only: models.WeightsOnly = False,
-    img_size: models.ImgSize = 0,
-    crop_pct: models.CropPct = 0.0,
-    mean: models.Mean = "",
-    std: models.Std = "",
-    device: models.Device = "",
-    dtype: models.Dtype = "float32",
-    backend: models.Backend = "",
-    no_accelerate: models.NoAccelerate = False,
-    random_weights: models.RandomWeights = False,
     json: Json = False,
+    asked: models.Request = models.OWN_CHOICE,
 ) -> None:
     """Draw the figures of "An Image is Worth 16x16 Words" from a model, and a page that shows them, index.html.
 
@@ -69,21 +60,8 @@ def figures(
     with as_usage_errors(drawing.FigureError):
         for target in targets.values():
             drawing.check_target(target)
-    name, checkpoint = models.named_or_placed(model, checkpoint)
-    asked = models.Request(
-        model=name,
-        checkpoint=checkpoint,
-        random_weights=random_weights,
-        weights_only=weights_only,
-        img_size=img_size,
-        crop_pct=crop_pct,
-        mean=mean,
-        std=std,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        no_accelerate=no_accelerate,
-    )
+    name, checkpoint = models.named_or_placed(model, asked.checkpoint)
+    asked = replace(asked, model=name, checkpoint=checkpoint)
     loaded = models.load(asked, classifier=False)
     told = Told()
     pictures = read_pictures(images, list(targets.values()), told.failures, "figures")

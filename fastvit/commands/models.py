@@ -3,12 +3,13 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from .added_options import Command, with_options
 from .terminal import UsageError, as_usage_errors, backend_names, benchmarks, checked_name, torch_device
 
 if TYPE_CHECKING:
@@ -32,9 +33,12 @@ WeightsOnly = Annotated[
     bool, typer.Option("--weights-only", help="Allow a .pt, .pth or .bin, of which only tensors are unpickled.")
 ]
 ImgSize = Annotated[
-    int, typer.Option(min=0, max=10_000, help="Side in pixels that the model sees.  [default: its own]")
+    int,
+    typer.Option(min=0, max=10_000, show_default=False, help="Side in pixels that the model sees.  [default: its own]"),
 ]
-CropPct = Annotated[float, typer.Option(min=0, max=1, help="Share of the shorter side to keep.  [default: timm's]")]
+CropPct = Annotated[
+    float, typer.Option(min=0, max=1, show_default=False, help="Share of the shorter side to keep.  [default: timm's]")
+]
 Mean = Annotated[str, typer.Option(help="Of the channels, in 0..1: one number or R,G,B.  [default: the model's]")]
 Std = Annotated[str, typer.Option(help="Likewise.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")]
@@ -51,18 +55,28 @@ NoAccelerate = Annotated[bool, typer.Option("--no-accelerate", help="Plain PyTor
 class Request:
     """The options that say which model, as they were given: "", 0, 0.0 and None leave the choice to the model."""
 
-    model: str = ""
-    checkpoint: Path | None = None
-    random_weights: bool = False
-    weights_only: bool = False
-    img_size: int = 0
-    crop_pct: float = 0.0
-    mean: str = ""
-    std: str = ""
-    device: str = ""
-    dtype: str = "float32"
-    backend: str = ""
-    no_accelerate: bool = False
+    model: ModelName = ""
+    checkpoint: Checkpoint = None
+    random_weights: RandomWeights = False
+    weights_only: WeightsOnly = False
+    img_size: ImgSize = 0
+    crop_pct: CropPct = 0.0
+    mean: Mean = ""
+    std: Std = ""
+    device: Device = ""
+    dtype: Dtype = "float32"
+    backend: Backend = ""
+    no_accelerate: NoAccelerate = False
+
+
+OWN_CHOICE = Request()
+
+
+def with_model_options(command: Command) -> Command:
+    """The command with an option for each field of a request, which reaches it as ``asked``."""
+    hints = get_type_hints(Request, include_extras=True)
+    added = {field.name: (hints[field.name], field.default) for field in fields(Request)}
+    return with_options(command, "asked", added, Request)
 
 
 def named_or_placed(text: str, checkpoint: Path | None) -> tuple[str, Path | None]:

@@ -1,43 +1,34 @@
-"""A recipe's fields as options of a command, from the one place that names and explains them."""
+"""A recipe's fields as options of a command."""
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
 
+from .added_options import Command, with_options
 from .terminal import UsageError
 
 
-def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_recipe_options(command: Command) -> Command:
     """The command with an option for each field of a recipe; those given reach it as the mapping ``recipe_options``."""
     from fastvit.training.recipe import RECIPES, Recipe  # data alone
 
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "recipe_options"]
-    added = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
+    added = {
+        field.name: (
+            Annotated[
                 _asked(field.type) | None,
                 typer.Option(help=f"{field.metadata['help']}  [{_defaults(field.name, RECIPES)}]"),
             ],
+            None,
         )
         for field in fields(Recipe)
-    ]
-    names = {parameter.name for parameter in added}
+    }
+    return with_options(command, "recipe_options", added, _given)
 
-    def called(**given: Any) -> None:
-        recipe_options = {name: _read(name, given.pop(name)) for name in names if given.get(name) is not None}
-        command(**{name: value for name, value in given.items() if name not in names}, recipe_options=recipe_options)
 
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added
-    called.__name__, called.__doc__ = command.__name__, command.__doc__
-    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    called.__annotations__ = {p.name: p.annotation for p in parameters}
-    return called
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: _read(name, value) for name, value in options.items() if value is not None}
 
 
 def _defaults(name: str, recipes: Mapping[str, Any]) -> str:
