@@ -29,6 +29,7 @@ SIZE = {"img_size": (12, 8), "patch_size": 4, "embed_dim": 32, "depth": 2, "num_
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {**SIZE, "mlp_ratio": 2.5, "init_values": 0.5},
     "normed": {**SIZE, "mlp_ratio": 1.5, "qk_norm": True, "qkv_bias": False, "reg_tokens": 2, "global_pool": "avg"},
+    "relative": {**SIZE, "pos_embed": "relative"},
 }
 DROPOUTS = {"pos_drop_rate": 0.2, "proj_drop_rate": 0.3, "attn_drop_rate": 0.2, "drop_path_rate": 0.4, "drop_rate": 0.1}
 # mode that wrote, mode that reads with other processes
@@ -98,8 +99,8 @@ def train_and_save(parallel: Parallel, folder: Path) -> dict[str, Any]:
 def slopes(parallel: Parallel, folder: Path) -> dict[str, Any]:
     """Gradients of the first batch in several ways."""
     found: dict[str, Any] = {}
-    for way in ("once", "recomputed", "normed", "accumulated"):
-        bare = make(folder, "normed" if way == "normed" else "plain")
+    for way in ("once", "recomputed", "normed", "relative", "accumulated"):
+        bare = make(folder, way if way in OPTIONS else "plain")
         bare.set_grad_checkpointing(way == "recomputed")
         model = parallel.wrap(bare)
         if way != "accumulated":

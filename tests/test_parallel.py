@@ -90,9 +90,9 @@ def four(launched) -> list[dict[str, Any]]:
 
 @cache
 def slopes_alone(weights: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Gradients of the first batch by timm."""
-    options = OPTIONS[weights.stem]
-    model: nn.Module = timm.models.vision_transformer.VisionTransformer(**options)
+    """Gradients of the first batch by timm, which has no relative positions: by our own model in one process."""
+    library = fastvit if weights.stem == "relative" else timm.models.vision_transformer
+    model: nn.Module = library.VisionTransformer(**OPTIONS[weights.stem])
     model.load_state_dict(torch.load(weights, weights_only=True))
     images, targets = batch(0)
     F.cross_entropy(model.to(dtype)(images.to(dtype)), targets).backward()
@@ -117,10 +117,10 @@ def test_losses_and_norms_are_those_of_one_process(mode, alone, two):
     assert alone["steps"][:, 1].max() > 2.0  # it was clipped
 
 
-@pytest.mark.parametrize("way", ["once", "accumulated", "recomputed", "normed"])
+@pytest.mark.parametrize("way", ["once", "accumulated", "recomputed", "normed", "relative"])
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_are_timms(mode, way, folder, two):
-    weights = folder / ("normed.pt" if way == "normed" else "plain.pt")
+    weights = folder / f"{way if way in OPTIONS else 'plain'}.pt"
     exact, eager = (slopes_alone(weights, dtype) for dtype in (torch.float64, torch.float32))
     got = two[0][mode]["slopes"][way]
     assert got.keys() == exact.keys()

@@ -59,8 +59,8 @@ class HeadsParallel(ParallelStyle):
     def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
         module.qkv = HeadsLinear(module.qkv, device_mesh)
         module.num_heads //= device_mesh.size()
-        for parameter in (*module.q_norm.parameters(), *module.k_norm.parameters()):
-            if parameter.requires_grad:
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and not name.startswith(("qkv.", "proj.")):  # norms of heads, relative keys
                 parameter.register_hook(partial(_summed, device_mesh))
         return module
 
