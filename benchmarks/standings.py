@@ -82,21 +82,25 @@ class Standing:
 
     @property
     def tokens(self) -> int:
-        """N of an op; the patches of an image for patch_embed."""
+        """N of an op; the patches of an image for patch_embed, the positions of group_norm's maps."""
         _, *rest = self.dimensions
         if self.first["case"] == "attention":
             return rest[1]
         if self.first["case"] == "patch_embed":
             _, height, width, patch, *_ = rest
             return (height // patch) * (width // patch)
+        if self.first["case"] == "group_norm":
+            return rest[1] * rest[2]
         return rest[0]
 
     @property
     def width(self) -> int:
-        """D of an op."""
+        """D of an op, the channels of group_norm."""
         _, *rest = self.dimensions
         if self.first["case"] == "attention":
             return rest[0] * rest[2]
+        if self.first["case"] == "group_norm":
+            return rest[0]
         return rest[-1] if self.first["case"] in ("patch_embed", "linear_fc2") else rest[1]
 
     @property

@@ -55,7 +55,7 @@ def ops(tokens: tuple[int, ...] = (50, 197, 577), batches: tuple[int, ...] = (1,
     found = []
     for op in op_cases.OPS:
         for batch in batches:
-            for count in tokens[1:2] if op == "patch_embed" else tokens:
+            for count in tokens[1:2] if op in ("patch_embed", "group_norm") else tokens:
                 case = op_cases.at_model(op, "vit_base_patch16_224", batch, "float32", "forward", count)
                 about = {"case": op, "shape": case.shape, "dtype": "float32", "direction": "forward", "level": rows.OP}
                 speeds = {"eager": 1.0, "fastvit": 1.5, **({"sdpa-flash": 1.4} if op == "attention" else {})}

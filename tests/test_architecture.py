@@ -242,7 +242,9 @@ def test_importing_under_w_error() -> None:
 
 
 def test_importing_is_cheap() -> None:
-    code = "import time, torch; start = time.perf_counter(); import fastvit; print(time.perf_counter() - start)"
+    # without the collector, which may choose this moment to look at all that torch has made
+    code = "import gc, time, torch; gc.disable(); start = time.perf_counter(); import fastvit"
+    code += "; print(time.perf_counter() - start)"
     cost = 1e3 * statistics.median(float(fresh(code)) for _ in range(3))
     print(f"import fastvit costs {cost:.0f} ms beyond torch")
     assert cost < 250  # the goal is 50; the bound leaves room for a busy machine
