@@ -129,7 +129,9 @@ class Runs:
         return self.reduced
 
 
-@pytest.mark.parametrize("function", [os.mkdir, eval, np.ndarray, np.load, bytearray, pickle.loads], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [os.mkdir, eval, np.ndarray, np.load, bytearray, pickle.loads], ids=lambda f: f.__name__
+)
 def test_a_pickle_runs_nothing(tmp_path, function):
     pixels, labels = cifar_files.random_set(5, 10)
     folder = cifar_files.write_cifar10(tmp_path, (pixels, labels), (pixels, labels))
