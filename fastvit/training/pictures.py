@@ -75,4 +75,4 @@ def rollout(model: torch.nn.Module, source: Any) -> Any:
     weights = analysis.patch_maps(rows, grid).float().cpu()
     pictures: Sequence[torch.Tensor] = [image.permute(1, 2, 0).float().cpu() / 255 for image in images]
     pictures = [p.expand(-1, -1, 3) if p.shape[-1] == 1 else p for p in pictures]
-    return figures.attention(pictures, list(weights), "attention rollout")
+    return figures.attention(pictures, list(weights), "attention rollout", pairs=3)
