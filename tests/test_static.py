@@ -1,6 +1,7 @@
 """The static report: occupancy as NVIDIA's rules give it, the roofline, and that the kept table is of today's cases."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 
@@ -99,7 +100,11 @@ def test_a_sample_of_the_compilations_leaves_no_case_and_no_chip_out():
     cases = [launches.Launch("op", "forward", str(n), lambda dtype: (), None if n % 3 else 1) for n in range(30)]
     sampled = list(aot.plan(cases, full=False))
     assert len(list(aot.plan(cases, full=True))) == 30 * 12
-    assert len(sampled) == 20 * 2 + 10 * 3
+    in_turn = Counter((dtype, chip) for _, dtype, chip in sampled if (dtype, chip) not in aot.ALWAYS)
+    assert len(sampled) == 30 + in_turn.total()
+    assert set(in_turn.values()) == {2}  # each as often as the other, however many cases there are
+    few = Counter((dtype, chip) for _, dtype, chip in aot.plan(cases[:6], full=False))
+    assert few.total() == 4 * 2 + 2 * 3
     assert {case.label for case, _, _ in sampled} == {case.label for case in cases}
     every = {(dtype, chip) for dtype in ("fp32", "bf16") for chip in aot.CHIPS} | {("fp16", "sm_90")}
     assert {(dtype, chip) for _, dtype, chip in sampled} == every
