@@ -111,10 +111,13 @@ class Standing:
 
     @property
     def subject(self) -> str:
-        """The model or the op: ViT-B/16 for vit_base_patch16_224, other names as they are."""
+        """The model or the op: ViT-B/16 for vit_base_patch16_224, R50+ViT-B/16 for a hybrid, other names as they are."""
         name = str(self.first["case"])
-        found = re.fullmatch(rf"vit_({'|'.join(_SIZES)})_patch(\d+)_\d+", name)
-        return f"ViT-{_SIZES[found[1]]}/{found[2]}" if found else name
+        found = re.fullmatch(rf"vit_({'|'.join(_SIZES)})_(?:r(\d+)_s|patch)(\d+)_\d+", name)
+        if not found:
+            return name
+        size, resnet, patch = found.groups()
+        return f"{f'R{resnet}+' if resnet else ''}ViT-{_SIZES[size]}/{patch}"
 
     @property
     def size(self) -> str:

@@ -119,6 +119,8 @@ def test_names_and_shapes() -> None:
     assert {(s.tokens, s.width) for s in found if s.subject == "group_norm"} == {(112**2, 64)}
     embedding = next(s for s in found if s.subject == "patch_embed")
     assert (embedding.tokens, embedding.width) == (196, 768)
+    hybrid = {**example_rows.models()[0], "case": "vit_base_r50_s16_384"}
+    assert standings.Standing((hybrid,)).subject == "R50+ViT-B/16"
     other = {**example_rows.models()[0], "case": "google/vit-base", "shape": "2x3x384x384", "direction": "training"}
     assert standings.Standing((other,)).title == "google/vit-base 384 px, batch 2, float32, training"
 
