@@ -111,7 +111,7 @@ class Standing:
 
     @property
     def subject(self) -> str:
-        """The model or the op: ViT-B/16 for vit_base_patch16_224, R50+ViT-B/16 for a hybrid, other names as they are."""
+        """The model or the op: ViT-B/16 for vit_base_patch16_224, R50+ViT-B/16 for a hybrid, others by their names."""
         name = str(self.first["case"])
         found = re.fullmatch(rf"vit_({'|'.join(_SIZES)})_(?:r(\d+)_s|patch)(\d+)_\d+", name)
         if not found:
