@@ -2,7 +2,6 @@
 
 import contextlib
 import json as json_module
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +64,9 @@ def embed(
         files = ranks.from_first(lambda: _begin(sources, output, manifest))
         parts = Parts(output, len(files), shard, width, stored)
         if workers is None:
-            workers = min(_MOST_WORKERS, max(1, (os.cpu_count() or 1) // (2 * ranks.world)))
+            from fastvit.data.batches import half_of_the_cores
+
+            workers = min(_MOST_WORKERS, half_of_the_cores(ranks.world))
         found = _run(embedded, parts, files, ranks, batch_size, workers)
         images, failed = ranks.sums(*found)
         _tell(output, loaded.name, parts, images, failed, json, ranks)

@@ -14,7 +14,6 @@ from .terminal import (
     UsageError,
     as_usage_errors,
     backend_names,
-    benchmarks,
     checked_name,
     printable,
     progress,
@@ -118,9 +117,7 @@ def _opened(
         if asked.model or asked.weights_only:
             raise UsageError(f"{weights}: its config.json says which model it is; leave out --model and --weights-only")
         place = torch_device(asked.device)
-        cases = benchmarks("cases")
-        kind = cases.ALIASES.get(asked.dtype, asked.dtype)
-        dtype = cases.DTYPES[checked_name(kind, list(cases.DTYPES), "dtype", "float32")]
+        dtype = models.torch_dtype(asked.dtype)
         network = training.load_run(weights)
         if asked.img_size:
             network.set_input_size(asked.img_size)

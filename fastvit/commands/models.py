@@ -143,15 +143,12 @@ def load(asked: Request, classifier: bool = True) -> Loaded:
 
     from . import pretrained
 
-    cases = benchmarks("cases")
     directory = _check_source(asked)
     if asked.no_accelerate and asked.backend not in ("", "reference"):
         raise UsageError("--no-accelerate and --backend exclude each other")
     mean, std = channels(asked.mean, "mean"), channels(asked.std, "std")
     name = checked_name(asked.model, fastvit.list_models(), "model")
-    dtype = cases.DTYPES[
-        checked_name(cases.ALIASES.get(asked.dtype, asked.dtype), list(cases.DTYPES), "dtype", "float32")
-    ]
+    dtype = torch_dtype(asked.dtype)
     way = checked_name(asked.backend, backend_names(), "backend", "auto")
     why = backends.why_unavailable(way)
     if why is not None:
@@ -169,6 +166,12 @@ def load(asked: Request, classifier: bool = True) -> Loaded:
         dtype=dtype,
         backend="reference" if asked.no_accelerate else way,
     )
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """The dtype of that name, float32 for ""."""
+    cases = benchmarks("cases")
+    return cases.DTYPES[checked_name(cases.ALIASES.get(name, name), list(cases.DTYPES), "dtype", "float32")]
 
 
 def _check_source(asked: Request) -> Path | None:

@@ -67,7 +67,7 @@ class Batches:
         crop_pct: float = 1.0,
     ) -> None:
         if workers is None:
-            workers = 0 if isinstance(source, InMemory) else _half_of_the_cores(world)
+            workers = 0 if isinstance(source, InMemory) else half_of_the_cores(world)
         _check(batch_size=(batch_size, 1), workers=(workers, 0), world=(world, 1), rank=(rank, 0), seed=(seed, 0))
         _check(height=(size[0], 1), width=(size[1], 1))
         if rank >= world:
@@ -211,7 +211,7 @@ class _Steps(Dataset[Any]):
         return augment.resized(image[..., top : top + high, left : left + wide], self.size, self.resample)
 
 
-def _half_of_the_cores(world: int) -> int:
+def half_of_the_cores(world: int) -> int:
     """At least one; of a machine with GPUs each serves one process."""
     sharing = min(world, torch.cuda.device_count() or world)
     return max(1, (os.cpu_count() or 1) // (2 * sharing))

@@ -79,8 +79,7 @@ def ridge(x: Tensor, labels: Tensor, classes: int, l2: float = 0.1) -> Affine:
     Raises:
         ValueError: λ out of range, or features that are no numbers.
     """
-    if not l2 > 0:
-        raise ValueError(f"fastvit: l2 must be positive, got {l2!r}")
+    _check(l2)
     standard, mean, std = _standardised(x)
     targets = torch.full((len(x), classes), -1.0, dtype=torch.float64)
     targets[torch.arange(len(x)), labels] = 1.0
@@ -104,8 +103,7 @@ def logistic(x: Tensor, labels: Tensor, classes: int, l2: float = 1e-3, iteratio
     Raises:
         ValueError: λ out of range, or features that are no numbers.
     """
-    if not l2 > 0:
-        raise ValueError(f"fastvit: l2 must be positive, got {l2!r}")
+    _check(l2)
     standard, mean, std = _standardised(x)
     weight = torch.zeros(x.shape[1], classes, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
@@ -170,6 +168,11 @@ def linear_probe(
     source, tested = _opened(train, test)
     x, labels = features(model, source, batch_size=batch_size, workers=workers)
     return _scored(logistic(x, labels, len(source.classes), l2), model, tested, batch_size, workers)
+
+
+def _check(l2: float) -> None:
+    if not l2 > 0:
+        raise ValueError(f"fastvit: l2 must be positive, got {l2!r}")
 
 
 def _standardised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,13 +1,13 @@
 """A run's directory: what was asked for, and whether what lies there can be gone on with."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Size, ViTConfig, override, preset
+from ..figures import in_one_step
 from . import checkpoints
 from .error import TrainingError
 from .recipe import MAY_CHANGE, Recipe
@@ -127,7 +127,5 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 def write_facts(run: Path, facts: Mapping[str, Any]) -> None:
     """config.json, whole or not at all."""
-    run.mkdir(parents=True, exist_ok=True)
-    draft = run / f".{CONFIG}.part"
-    draft.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-    os.replace(draft, run / CONFIG)
+    with in_one_step(run / CONFIG) as draft:
+        draft.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
